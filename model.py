@@ -1,0 +1,367 @@
+"""
+What every program does with a model: load it, get log-probabilities and samples from it, step it, save it.
+
+`sequence_logps` is log pi(y|x) of Algorithm 1 lines 2 and 3 (the paper says "logit"; it is a log-probability):
+
+    log pi(y|x) = sum over response tokens t of log_softmax(logits[t-1])[token t]           (B, T) x3 -> (B,)
+
+Two things make it cheap without changing a gradient. The LM head is applied to response positions only, in chunks that are computed
+again in backward, so memory does not grow with B*T*V. And a batch padded on the right needs no mask: causal attention already hides
+the padding from every token before it.
+
+The computation is the `forward` of the very module that accelerate prepares (`bind_sequence_logps`). Calling a prepared model's children
+instead (`model.model`, then `lm_head`) leaves gradients unsynchronised under DDP, without a word, and fails under FSDP2.
+"""
+
+import gc
+import hashlib
+import inspect
+import json
+import math
+import os
+import shutil
+import sys
+import types
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import Accelerator, InitProcessGroupKwargs
+from safetensors import SafetensorError
+from torch.utils.checkpoint import checkpoint
+
+from data import check_model_name, end_of_turn_id, pad_id
+from formats import InputError
+
+LOGITS_CHUNK = 2**24  # logits alive at once: 64 MB in float32, whatever B, T and V are
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Load
+
+
+def load_policy(name, dtype="float32", attn_implementation=None, trust_remote_code=False):
+    """A causal language model of a local folder or hub name, on CPU, in train mode, its forward able to give sequence log-probs.
+
+    Dropout is off: log pi_theta is then a number, not a sample, and at step 0 it is the reference's own. float32 by default: in
+    bfloat16 AdamW loses updates smaller than 1/256 of a weight (learning rates of 1e-5 live there).
+    InputError: no such folder, not a causal LM, a head followed by a transform we do not know.
+    """
+    model = _load(transformers.AutoModelForCausalLM, name, dtype, attn_implementation, trust_remote_code)
+    _check_head(model, name)
+    for module in model.modules():
+        for attribute, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in attribute or (attribute == "p" and isinstance(module, torch.nn.Dropout))):
+                setattr(module, attribute, 0.0)
+    return bind_sequence_logps(model).train()
+
+
+def load_reward_model(name, dtype="auto", attn_implementation=None, trust_remote_code=False, new_head=False):
+    """A sequence classifier with one label, on CPU, in eval mode. `new_head`, for training: a model without a one-label head gets a fresh one.
+
+    InputError: two labels, or (without new_head) no trained head in the checkpoint: its scores would be random numbers.
+    """
+    if not new_head:
+        check_model_name(name)
+        config = _from_pretrained(transformers.AutoConfig, name, trust_remote_code=trust_remote_code)
+        if config.num_labels != 1:
+            raise InputError(f"{name}: a reward model has one label, this one has {config.num_labels} ({'/'.join(config.architectures or ['?'])}); pass a one-label AutoModelForSequenceClassification")
+    return _load(transformers.AutoModelForSequenceClassification, name, dtype, attn_implementation, trust_remote_code, new_head).eval()
+
+
+def _load(auto_class, name, dtype, attn_implementation, trust_remote_code, new_head=False):
+    check_model_name(name)
+    dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    more |= {"num_labels": 1, "ignore_mismatched_sizes": True} if new_head else {}
+    transformers.logging.set_verbosity_error()  # its report of missing weights: what matters of it is an error below
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    model, info = _from_pretrained(auto_class, name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **more)
+    missing = sorted(key for key in info["missing_keys"] if not new_head or key.startswith(model.base_model_prefix + "."))
+    if missing:  # transformers fills them with random numbers and only warns
+        raise InputError(f"{name}: the checkpoint has no weights for {', '.join(missing[:3])}; as {auto_class.__name__} it would be random there")
+    return model
+
+
+def _from_pretrained(auto_class, name, **more):
+    try:  # safetensors only: a pickle can run code
+        return auto_class.from_pretrained(name, **({} if auto_class is transformers.AutoConfig else {"use_safetensors": True}), **more)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:  # a missing or cut file, an unknown architecture, offline, a missing kernel
+        raise InputError(f"{name}: cannot be loaded as {auto_class.__name__} ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from None
+
+
+def mixed_precision():
+    """What accelerate should autocast to: what its launcher was told, else bfloat16 on GPUs that have it (float32 master weights stay)."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return None
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def make_accelerator(**more):
+    """An Accelerator whose collectives may wait long: tables of processes with unequal work, or one process that writes a checkpoint."""
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
+    return Accelerator(mixed_precision=mixed_precision(), kwargs_handlers=[patience], **more)
+
+
+def release(*models):
+    """Give a model's memory back; the caller must drop its own reference too."""
+    for model in models:
+        model.to("meta")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def fingerprint(name):
+    """A short id of a model: the commit of a hub model, a hash over the files of a folder. Large weight files are sampled, not read whole."""
+    folder = Path(name)
+    if not folder.is_dir():
+        config = transformers.utils.cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        if config is None:
+            raise InputError(f"{name}: neither a folder here nor a hub model that can be reached")
+        return f"{name}@{Path(config).parent.name}"
+    digest = hashlib.sha256()
+    patterns = ("model*.safetensors", "adapter*", "config.json", "tokenizer*", "chat_template*")  # not run.json or tables that lie beside them
+    for file in sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as stream:
+            for block in range(64):  # all of a file up to 64 MB, else 64 evenly spaced megabytes: a fine-tuned model differs in every one
+                stream.seek(block * max(size // 64, 2**20))
+                digest.update(stream.read(2**20))
+    return "sha256:" + digest.hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log-probabilities
+
+
+def sequence_logps(model, input_ids, attention_mask, response_mask, mean=False):
+    """log pi(y|x) of each row in nats, (B, T) x3 -> (B,) float32: the sum over the tokens under response_mask, or their mean.
+
+    Left or right padded. `model` may be what accelerate.prepare returned, if `bind_sequence_logps` came before it.
+    ValueError: a row without a response token after its first position.
+    """
+    counts = response_mask[:, 1:].sum(dim=1)  # (B,)  the first token has nothing before it and is never scored
+    if (counts == 0).any():
+        raise ValueError(f"row {int((counts == 0).nonzero()[0])} has no response token to score")
+    logps = token_logps(model, input_ids, attention_mask, response_mask).sum(dim=1)  # (B, T-1) -> (B,)
+    return logps / counts if mean else logps
+
+
+def token_logps(model, input_ids, attention_mask, response_mask):
+    """log pi(token t | tokens before t), (B, T) x3 -> (B, T-1) float32; column t-1 belongs to token t, 0 where response_mask is 0."""
+    inner = getattr(model, "module", model)  # of DDP
+    if "response_mask" not in inspect.signature(inner.forward).parameters:
+        if inner is not model or "forward" in vars(model):
+            raise ValueError("this model is wrapped already; call bind_sequence_logps(model) before accelerator.prepare(model)")
+        bind_sequence_logps(model)
+    return model(input_ids=input_ids, attention_mask=attention_mask, response_mask=response_mask)
+
+
+def bind_sequence_logps(model):
+    """Let `model(..., response_mask=...)` return token log-probs; without response_mask it is the forward it was. Returns the model."""
+
+    def forward(self, *args, response_mask=None, **kwargs):
+        if response_mask is None:
+            return type(self).forward(self, *args, **kwargs)
+        return _response_logps(self, response_mask=response_mask, **kwargs)
+
+    # `generate` and peft read the signature, so the new one is the old one plus our argument
+    old = inspect.signature(type(model).forward)
+    ours = inspect.Parameter("response_mask", inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = list(old.parameters.values())
+    at = next((i for i, p in enumerate(parameters) if p.kind == p.VAR_KEYWORD), len(parameters))
+    forward.__signature__ = old.replace(parameters=parameters[:at] + [ours] + parameters[at:])
+    return bind(model, forward)
+
+
+def bind(model, forward):
+    """Make `forward` the model's own forward, so that what accelerate wraps around the model wraps around it too."""
+    model.forward = types.MethodType(forward, model)
+    return model
+
+
+def _response_logps(model, input_ids, attention_mask, response_mask):
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model  # under peft, whose own .base_model returns logits
+    hidden = causal_lm.base_model(**model_inputs(input_ids, attention_mask), use_cache=False).last_hidden_state  # (B, T, D)
+    rows, columns = response_mask[:, 1:].nonzero(as_tuple=True)  # (N,) each: the N response tokens of the batch
+    hidden = hidden[:, :-1][rows, columns]  # (B, T, D) -> (N, D): position t-1 predicts token t
+    logps = logps_from_hidden(causal_lm, hidden, input_ids[:, 1:][rows, columns])  # (N,)
+    return logps.new_zeros(response_mask[:, 1:].shape).index_put((rows, columns), logps)  # (N,) -> (B, T-1)
+
+
+def model_inputs(input_ids, attention_mask):
+    """Keyword arguments of a decoder's forward. Padding on the right needs no mask: causal attention hides it from all tokens before it."""
+    if bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
+        return {"input_ids": input_ids}
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0)}
+
+
+def logps_from_hidden(causal_lm, hidden, targets):
+    """log_softmax(head(hidden))[target], (N, D), (N,) -> (N,) float32, never holding more than LOGITS_CHUNK logits.
+
+    Backward computes each chunk's logits again instead of keeping them: a third more work in the head for none of its memory.
+    """
+    head, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
+
+    def chunk_logps(hidden, targets):
+        logits = head(hidden)  # (n, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 log-probs would be off by tenths of a nat after the sum
+        logits = _after_head(logits, config)
+        return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)  # (n,)
+
+    size = max(1, LOGITS_CHUNK // config.vocab_size)
+    pieces = []
+    for h, t in zip(hidden.split(size), targets.split(size)):
+        again = torch.is_grad_enabled()
+        pieces.append(checkpoint(chunk_logps, h, t, use_reentrant=False, preserve_rng_state=False) if again else chunk_logps(h, t))
+    return torch.cat(pieces)
+
+
+def _after_head(logits, config):
+    """What some architectures do to logits after the head; `_check_head` refuses a model that does something else."""
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        logits = logits * config.logit_scale
+    if getattr(config, "logits_scaling", None) is not None:  # Granite
+        logits = logits / config.logits_scaling
+    if getattr(config, "final_logit_softcapping", None) is not None:  # Gemma
+        logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+    return logits
+
+
+@torch.no_grad()
+def _check_head(model, name):
+    """InputError unless head(base model) gives the model's own logits on a few tokens."""
+    if any(p.is_meta for p in model.parameters()):
+        return
+    was_training = model.training
+    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    own = model.eval()(input_ids=ids, use_cache=False).logits.float()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    ours = _after_head(model.get_output_embeddings()(hidden).float(), model.config.get_text_config())
+    model.train(was_training)
+    if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2, equal_nan=True):
+        raise InputError(f"{name}: {type(model).__name__} changes its logits after the head in a way _after_head in model.py does not know; add it there")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+class SampleByRow(transformers.LogitsProcessor):
+    """Temperature, top-k and top-p sampling with one random stream per row, so that a row's text depends on its seed and not on its
+    neighbours, their number or the process. Leaves the drawn token as the only finite score; `generate` then runs greedily."""
+
+    def __init__(self, seeds, max_new_tokens, temperature, top_p, top_k, device):
+        draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        self.draws = torch.stack(draws).to(device)  # (B, max_new_tokens)
+        self.warpers = [transformers.TemperatureLogitsWarper(temperature)] if temperature != 1.0 else []
+        self.warpers += [transformers.TopKLogitsWarper(top_k)] if top_k else []
+        self.warpers += [transformers.TopPLogitsWarper(top_p)] if top_p < 1.0 else []
+        self.t = 0
+
+    def __call__(self, input_ids, scores):
+        for warp in self.warpers:
+            scores = warp(input_ids, scores)
+        cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)  # (B, V)
+        threshold = self.draws[:, self.t, None] * cumulative[:, -1:]  # the total is 1 up to rounding
+        self.t += 1
+        token = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[-1] - 1)  # first token whose share ends beyond it
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+@torch.no_grad()
+def generate_responses(model, tokenizer, prompts, seeds, max_new_tokens, temperature=0.8, top_p=0.9, top_k=50):
+    """Sample one response per prompt -> list of (token ids with the end-of-turn token if reached, finished). temperature 0 is greedy.
+
+    prompts: lists of token ids; one batch, padded on the left. seeds: one int per prompt.
+    """
+    width = max(len(p) for p in prompts)
+    input_ids = torch.full((len(prompts), width), pad_id(tokenizer))
+    attention_mask = torch.zeros_like(input_ids)
+    for row, p in enumerate(prompts):
+        input_ids[row, width - len(p) :] = torch.tensor(list(p))
+        attention_mask[row, width - len(p) :] = 1
+    sampler = [SampleByRow(seeds, max_new_tokens, temperature, top_p, top_k, model.device)] if temperature > 0 else []
+    stops = stop_ids(model, tokenizer)
+    settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id(tokenizer))
+    own, was_training = model.generation_config, model.training
+    try:
+        model.generation_config = settings  # generate adds what the model's own asks for, a repetition penalty say, to any config it is given
+        out = model.eval().generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            logits_processor=transformers.LogitsProcessorList(sampler),
+            generation_config=settings,
+        )
+    finally:
+        model.generation_config = own
+        model.train(was_training)
+    results = []
+    for ids in out[:, width:].tolist():
+        end = next((t for t, token in enumerate(ids) if token in stops), None)
+        results.append((ids if end is None else ids[: end + 1], end is not None))
+    return results
+
+
+def stop_ids(model, tokenizer):
+    """What ends a response: the template's end-of-turn token (what we train), eos, and what the model's own generation config says."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    return sorted({end_of_turn_id(tokenizer), tokenizer.eos_token_id, *own})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Step
+
+
+def adamw(model, lr, weight_decay):
+    """AdamW over the trainable parameters; norms and biases are not decayed. The fused kernel where there is one."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=all(p.device.type in ("cuda", "cpu") for p in parameters))
+
+
+def lr_at(step, total_steps, warmup_steps, peak_lr):
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then a cosine that is 0 at `total_steps`. A pure function, so it
+    cannot run N times too fast on N processes (a prepared scheduler does) and needs no state in a checkpoint."""
+    if step < warmup_steps:
+        return peak_lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Save
+
+
+def save_model(model, tokenizer, folder, state_dict=None):
+    """A plain Hugging Face folder (safetensors, config, tokenizer with its chat template). Files appear whole: config.json, without which
+    nothing opens the folder, comes last."""
+    folder, temporary = Path(folder), Path(folder) / ".saving"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if getattr(model, "generation_config", None) is not None:
+        # every tool that opens the folder should stop where training taught to stop; a value left over from greedy decoding refuses to be saved
+        model.generation_config = transformers.GenerationConfig(eos_token_id=stop_ids(model, tokenizer), pad_token_id=pad_id(tokenizer))
+    model.save_pretrained(temporary, state_dict=state_dict)
+    tokenizer.save_pretrained(temporary)
+    files = sorted(temporary.iterdir(), key=lambda f: (f.name == "config.json", f.name))
+    for file in files:
+        shutil.rmtree(folder / file.name, ignore_errors=True)  # does nothing to a file; a folder (of chat templates) cannot be renamed over
+        os.replace(file, folder / file.name)
+    for old in set(folder.glob("model*.safetensors*")) - {folder / file.name for file in files}:
+        old.unlink()  # a model split into other shards was here; from_pretrained might open those
+    temporary.rmdir()
+
+
+def write_json(path, value):
+    """Write a JSON file by atomic rename."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
