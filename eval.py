@@ -251,5 +251,9 @@ def reward(args):
         write_json(args.out, {"results": tables, "settings": settings, "inputs_sha256": inputs, "versions": versions})
 
 
+def main(args):
+    {"generate": generate, "reward": reward}[args.command](args)
+
+
 if __name__ == "__main__":
-    run(lambda: {"generate": generate, "reward": reward}[ARGS.command](ARGS))
+    run(lambda: main(ARGS))

@@ -251,6 +251,10 @@ def score_evaluations(out, reward_tokenizer, args, device):
 
 
 def main(args):
+    if getattr(args, "miniature", False):
+        from paper import miniature
+
+        miniature.build()
     out = Path(args.output_dir)
     accelerator = make_accelerator(log_with=args.tracker, project_dir=args.output_dir)
     P, main_process, device = accelerator.num_processes, accelerator.is_main_process, accelerator.device
