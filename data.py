@@ -43,21 +43,57 @@ PLAIN_TEMPLATE = (
 def add_data_flags(parser, responses="all"):
     """The flags of every program that reads preference data. `responses`: the default, in words."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data", nargs="+", metavar="SOURCE", help="preference files (.jsonl, .jsonl.gz, .json, .parquet), folders saved by `datasets`, or hub names (NAME or NAME:FOLDER); see formats.py for the shapes")
+    group.add_argument(
+        "--data",
+        nargs="+",
+        metavar="SOURCE",
+        help="preference files (.jsonl, .jsonl.gz, .json, .parquet), folders saved by `datasets`, or hub names (NAME or NAME:FOLDER); see formats.py for the shapes",
+    )
     group.add_argument("--split", default="train", help="split of a hub dataset or a saved DatasetDict (default: %(default)s)")
-    group.add_argument("--responses", choices=["all", "chosen", "best", "pairs"], help=f"which responses of a row are used (default: {responses})")
-    group.add_argument("--max_prompt_tokens", type=int, default=512, metavar="N", help="longer prompts are cut from the left, in tokens (default: %(default)s; not stated in the paper)")
-    group.add_argument("--max_response_tokens", type=int, default=512, metavar="N", help="longer responses are cut from the right, in tokens (default: %(default)s; not stated in the paper)")
+    group.add_argument(
+        "--responses", choices=["all", "chosen", "best", "pairs"], help=f"which responses of a row are used (default: {responses})"
+    )
+    group.add_argument(
+        "--max_prompt_tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="longer prompts are cut from the left, in tokens (default: %(default)s; not stated in the paper)",
+    )
+    group.add_argument(
+        "--max_response_tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="longer responses are cut from the right, in tokens (default: %(default)s; not stated in the paper)",
+    )
     group.add_argument("--strict", action="store_true", help="stop at the first unusable row instead of dropping and counting it")
 
 
 def add_plan_flags(parser):
     """What composes the micro-batches: train.py and tables.py must agree on it."""
     group = parser.add_argument_group("batch plan")
-    group.add_argument("--batch_size", type=int, default=8, metavar="B", help="examples in ONE micro-batch on one device; it sets Zhat, and nothing else enlarges it (default: %(default)s; paper: 8)")
-    group.add_argument("--partners", choices=["batch", "group"], default="batch", help="whose responses share a micro-batch: other prompts' (the paper), or those of one prompt (default: %(default)s)")
+    group.add_argument(
+        "--batch_size",
+        type=int,
+        default=8,
+        metavar="B",
+        help="examples in ONE micro-batch on one device; it sets Zhat, and nothing else enlarges it (default: %(default)s; paper: 8)",
+    )
+    group.add_argument(
+        "--partners",
+        choices=["batch", "group"],
+        default="batch",
+        help="whose responses share a micro-batch: other prompts' (the paper), or those of one prompt (default: %(default)s)",
+    )
     group.add_argument("--eval_data", nargs="+", metavar="SOURCE", help="held-out preference data")
-    group.add_argument("--eval_fraction", type=float, default=0.0, metavar="F", help="without --eval_data: share of the prompts held out (default: %(default)s)")
+    group.add_argument(
+        "--eval_fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="without --eval_data: share of the prompts held out (default: %(default)s)",
+    )
     group.add_argument("--seed", type=int, default=0, help="composition and order of the micro-batches, generation (default: %(default)s)")
 
 
@@ -66,11 +102,31 @@ def add_loading_flags(parser, policy=True, reward=True):
     group = parser.add_argument_group("loading models")
     dtypes = ["float32", "bfloat16", "float16", "auto"]
     if policy:
-        group.add_argument("--dtype", choices=dtypes, default="float32", help="weights of policy and reference; to train, keep float32: smaller types lose small updates (default: %(default)s)")
+        group.add_argument(
+            "--dtype",
+            choices=dtypes,
+            default="float32",
+            help="weights of policy and reference; to train, keep float32: smaller types lose small updates (default: %(default)s)",
+        )
     if reward:
-        group.add_argument("--reward_dtype", choices=dtypes, default="auto", help="weights of the reward model; auto = as its checkpoint is stored (default: %(default)s)")
-        group.add_argument("--max_reward_tokens", type=int, default=2048, metavar="N", help="longer conversations are cut from the left for the reward model, in tokens (default: %(default)s)")
-    group.add_argument("--attn_implementation", metavar="NAME", help="attention kernel: sdpa, eager, flash_attention_2, ... (default: transformers chooses)")
+        group.add_argument(
+            "--reward_dtype",
+            choices=dtypes,
+            default="auto",
+            help="weights of the reward model; auto = as its checkpoint is stored (default: %(default)s)",
+        )
+        group.add_argument(
+            "--max_reward_tokens",
+            type=int,
+            default=2048,
+            metavar="N",
+            help="longer conversations are cut from the left for the reward model, in tokens (default: %(default)s)",
+        )
+    group.add_argument(
+        "--attn_implementation",
+        metavar="NAME",
+        help="attention kernel: sdpa, eager, flash_attention_2, ... (default: transformers chooses)",
+    )
     group.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a model; off unless given")
 
 
@@ -171,7 +227,9 @@ def encode_records(tokenizer, conversations, max_prompt_tokens, max_response_tok
         spans.append(slice(len(texts), len(texts) + len(rendered)))
         texts += rendered
     ids = encode_text(tokenizer, texts) if texts else []
-    return [s if isinstance(s, Unusable) else _split(tokenizer, ids[s], specials, max_prompt_tokens, max_response_tokens, counts) for s in spans]
+    return [
+        s if isinstance(s, Unusable) else _split(tokenizer, ids[s], specials, max_prompt_tokens, max_response_tokens, counts) for s in spans
+    ]
 
 
 def _split(tokenizer, ids, specials, max_prompt_tokens, max_response_tokens, counts):
@@ -234,7 +292,9 @@ class Example:
         return json.dumps(self.messages)
 
 
-def load_examples(sources, tokenizer, mode, max_prompt_tokens, max_response_tokens, split="train", strict=False, other_tokenizers=(), progress=True):
+def load_examples(
+    sources, tokenizer, mode, max_prompt_tokens, max_response_tokens, split="train", strict=False, other_tokenizers=(), progress=True
+):
     """Every usable (prompt, response) of the sources, equal ones once -> (examples, report, counts).
 
     `other_tokenizers` (the reward model's) only widen the search for special-token text in the data. With mode "pairs" the
@@ -261,7 +321,9 @@ def load_examples(sources, tokenizer, mode, max_prompt_tokens, max_response_toke
                 chosen.append((record, [record.scores[i] if record.scores else None for i in keep], responses))
             except Unusable as reason:
                 report.drop(str(reason), record.where)
-        encoded = encode_records(tokenizer, [(record.prompt, responses) for record, _, responses in chosen], max_prompt_tokens, max_response_tokens, counts)
+        encoded = encode_records(
+            tokenizer, [(record.prompt, responses) for record, _, responses in chosen], max_prompt_tokens, max_response_tokens, counts
+        )
         for (record, scores, responses), ids in zip(chosen, encoded):
             if isinstance(ids, Unusable):
                 report.drop(str(ids), record.where)
@@ -315,11 +377,15 @@ def plan_micro_batches(examples, B, partners="batch", seed=0):
             rng.shuffle(rows)
             batches += [rows[part::parts] for part in range(parts)]
         if not batches:
-            raise InputError(f"--partners group needs prompts with at least two responses and --batch_size >= 2; none of the {len(groups)} prompts has them")
+            raise InputError(
+                f"--partners group needs prompts with at least two responses and --batch_size >= 2; none of the {len(groups)} prompts has them"
+            )
         rng.shuffle(batches)
         return batches, +notes
     if len(examples) < B:
-        raise InputError(f"--batch_size {B} is more than the {len(examples)} different examples there are; lower it to {len(examples)} or add data")
+        raise InputError(
+            f"--batch_size {B} is more than the {len(examples)} different examples there are; lower it to {len(examples)} or add data"
+        )
     order = list(range(len(examples)))
     rng.shuffle(order)
     batches = [order[i : i + B] for i in range(0, len(order), B)]
@@ -372,7 +438,10 @@ def load_plan(args, mode, show=True):
         settings |= {"max_prompt_tokens": args.max_prompt_tokens, "max_response_tokens": args.max_response_tokens}
         plans.append(Plan(part, batches, settings))
         if show:
-            print(f"{name}: {len(part):,} examples in {len(batches):,} micro-batches of B = {args.batch_size}" + "".join(f"\n  {n:,} {what}" for what, n in notes.items()))
+            print(
+                f"{name}: {len(part):,} examples in {len(batches):,} micro-batches of B = {args.batch_size}"
+                + "".join(f"\n  {n:,} {what}" for what, n in notes.items())
+            )
     if plans[0] is None:
         raise InputError(f"--eval_fraction {args.eval_fraction} leaves no example to train on")
     return tokenizer, reward_tokenizer, *plans
@@ -433,7 +502,9 @@ def describe(examples, report, counts):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Show what would be trained: the first examples with the supervised tokens marked, counts, lengths, and what was dropped and why.")
+    parser = argparse.ArgumentParser(
+        description="Show what would be trained: the first examples with the supervised tokens marked, counts, lengths, and what was dropped and why."
+    )
     add_data_flags(parser)
     parser.add_argument("--model", required=True, help="folder or hub name whose tokenizer and chat template are used")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model; off unless given")
@@ -442,7 +513,9 @@ def main(argv=None):
     if not args.data:
         parser.error("--data is required")
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    examples, report, counts = load_examples(args.data, tokenizer, args.responses or "all", args.max_prompt_tokens, args.max_response_tokens, args.split, args.strict)
+    examples, report, counts = load_examples(
+        args.data, tokenizer, args.responses or "all", args.max_prompt_tokens, args.max_response_tokens, args.split, args.strict
+    )
     for example in examples[: args.show]:
         score = "" if example.score is None else f", score {example.score:g}"
         print(f"--- {example.where}{score}; supervised tokens between ⟦ ⟧")

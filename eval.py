@@ -20,36 +20,66 @@ import os
 import sys
 from pathlib import Path
 
-from data import add_loading_flags, encode_records, load_tokenizer
+from data import add_loading_flags, encode_records, load_tokenizer, prompt_text, special_text
 from formats import InputError, Report, Unusable, choose_responses, read_records, run
 
 PAPER = {"temperature": 0.8, "top_p": 0.9, "top_k": 50}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Generate responses with the paper's sampling settings; score them with a reward model (Sec. 4.1).")
+    parser = argparse.ArgumentParser(
+        description="Generate responses with the paper's sampling settings; score them with a reward model (Sec. 4.1)."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="generate|reward")
     text = "sample one response per prompt and seed into a JSONL file; a re-run fills in what is missing"
     generate = commands.add_parser("generate", help=text, description=text)
     generate.add_argument("--model", required=True, help="folder or hub name")
-    generate.add_argument("--data", nargs="+", action="extend", required=True, metavar="[NAME=]SOURCE", help="prompts to answer: any source train.py reads; NAME becomes the subset (default: the file's name)")
+    generate.add_argument(
+        "--data",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="[NAME=]SOURCE",
+        help="prompts to answer: any source train.py reads; NAME becomes the subset (default: the file's name)",
+    )
     generate.add_argument("--split", default="train", help="split of a hub dataset or a saved DatasetDict (default: %(default)s)")
     generate.add_argument("--out", required=True, metavar="FILE", help="the JSONL file to write or to complete")
-    generate.add_argument("--seeds", default="0", help="comma-separated; one response per prompt and seed (default: %(default)s; paper: three seeds)")
+    generate.add_argument(
+        "--seeds", default="0", help="comma-separated; one response per prompt and seed (default: %(default)s; paper: three seeds)"
+    )
     generate.add_argument("--limit", type=int, metavar="N", help="only the first N prompts of each subset (default: all)")
-    generate.add_argument("--batch_size", type=int, default=16, help="prompts per batch; changes the speed, not the responses (default: %(default)s)")
-    generate.add_argument("--max_prompt_tokens", type=int, default=512, metavar="N", help="longer prompts are cut from the left (default: %(default)s)")
-    generate.add_argument("--max_response_tokens", type=int, default=512, metavar="N", help="longest response, in tokens (default: %(default)s; not stated in the paper)")
+    generate.add_argument(
+        "--batch_size", type=int, default=16, help="prompts per batch; changes the speed, not the responses (default: %(default)s)"
+    )
+    generate.add_argument(
+        "--max_prompt_tokens", type=int, default=512, metavar="N", help="longer prompts are cut from the left (default: %(default)s)"
+    )
+    generate.add_argument(
+        "--max_response_tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="longest response, in tokens (default: %(default)s; not stated in the paper)",
+    )
     generate.add_argument("--temperature", type=float, default=PAPER["temperature"], help="0 is greedy (default: %(default)s, the paper's)")
-    generate.add_argument("--top_p", type=float, default=PAPER["top_p"], help="smallest set of tokens with this share (default: %(default)s, the paper's; 1 = off)")
-    generate.add_argument("--top_k", type=int, default=PAPER["top_k"], help="likeliest k tokens (default: %(default)s, the paper's; 0 = off)")
+    generate.add_argument(
+        "--top_p",
+        type=float,
+        default=PAPER["top_p"],
+        help="smallest set of tokens with this share (default: %(default)s, the paper's; 1 = off)",
+    )
+    generate.add_argument(
+        "--top_k", type=int, default=PAPER["top_k"], help="likeliest k tokens (default: %(default)s, the paper's; 0 = off)"
+    )
     add_loading_flags(generate, reward=False)
     text = "score generated responses with a reward model: means per subset, macro averages, standard errors over seeds"
     reward = commands.add_parser("reward", help=text, description=text)
     reward.add_argument("--gen", action="append", required=True, metavar="FILE", help="a file that generate wrote; several make one table")
     reward.add_argument("--reward_model", required=True, help="one-label sequence classifier, folder or hub name")
     reward.add_argument("--out", metavar="FILE", help="also write the numbers as JSON")
-    reward.add_argument("--batch_size", type=int, default=32, help="conversations per forward; changes the speed, not the scores (default: %(default)s)")
+    reward.add_argument(
+        "--batch_size", type=int, default=32, help="conversations per forward; changes the speed, not the scores (default: %(default)s)"
+    )
     add_loading_flags(reward, policy=False)
     args = parser.parse_args(argv)
     if args.command == "generate":
@@ -57,6 +87,21 @@ def parse_args(argv=None):
             args.seeds = sorted({int(seed) for seed in args.seeds.split(",")})
         except ValueError:
             parser.error(f"--seeds takes whole numbers separated by commas, got {args.seeds!r}")
+        if not 0 < args.top_p <= 1:
+            parser.error(f"--top_p must be above 0 and at most 1, got {args.top_p}")
+    least = {
+        "limit": 1,
+        "batch_size": 1,
+        "max_prompt_tokens": 1,
+        "max_response_tokens": 1,
+        "max_reward_tokens": 1,
+        "temperature": 0,
+        "top_k": 0,
+    }
+    for name, low in least.items():
+        value = getattr(args, name, None)
+        if value is not None and not value >= low:
+            parser.error(f"--{name} must be at least {low}, got {value}")
     return args
 
 
@@ -74,9 +119,12 @@ from reward import bind_scores, score
 # Generate
 
 
-def read_prompts(sources, split="train", limit=None):
-    """Distinct prompts of [NAME=]SOURCE, ... as dicts: id, subset, prompt (messages), chosen (the data's preferred response or None)."""
-    items = []
+def read_prompts(sources, tokenizer, split="train", limit=None):
+    """Distinct prompts of [NAME=]SOURCE, ... as dicts: id, subset, prompt (messages), chosen (the data's preferred response or None).
+
+    Dropped and printed: prompts that the tokenizer's template refuses, or with its special tokens written out in them.
+    """
+    items, special = [], special_text(tokenizer)
     for source in sources:
         name, equals, path = source.partition("=")
         name, path = (name, path) if equals else (Path(source).name.split(".")[0], source)
@@ -84,6 +132,13 @@ def read_prompts(sources, split="train", limit=None):
         for record in read_records(path, report, split):
             prompt_id = hashlib.sha256(json.dumps(record.prompt).encode()).hexdigest()[:12]
             if prompt_id in seen:
+                continue
+            try:
+                if any(special.search(m["content"]) for m in record.prompt):
+                    raise Unusable("special-token text inside the data")
+                prompt_text(tokenizer, record.prompt)
+            except Unusable as reason:
+                report.drop(str(reason), record.where)
                 continue
             seen.add(prompt_id)
             try:
@@ -93,6 +148,8 @@ def read_prompts(sources, split="train", limit=None):
             items.append({"id": f"{name}/{prompt_id}", "subset": name, "prompt": record.prompt, "chosen": chosen})
             if limit and len(seen) >= limit:
                 break
+        if report.dropped:
+            print(f"{path}: {report}", file=sys.stderr)
     return items
 
 
@@ -108,7 +165,9 @@ def generate_rows(model, tokenizer, items, seeds, max_prompt_tokens, max_respons
     for start in range(0, len(work), batch_size):
         _, prompts, batch, batch_seeds = zip(*work[start : start + batch_size])
         streams = [int.from_bytes(hashlib.sha256(f"{item['id']} {seed}".encode()).digest()[:7]) for item, seed in zip(batch, batch_seeds)]
-        for item, seed, (ids, finished) in zip(batch, batch_seeds, generate_responses(model, tokenizer, prompts, streams, max_response_tokens, **(PAPER | sampling))):
+        for item, seed, (ids, finished) in zip(
+            batch, batch_seeds, generate_responses(model, tokenizer, prompts, streams, max_response_tokens, **(PAPER | sampling))
+        ):
             text = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
             yield {**item, "id": f"{item['id']}/{seed}", "seed": seed, "response": text, "response_tokens": len(ids), "finished": finished}
         bar.update(len(batch))
@@ -117,30 +176,42 @@ def generate_rows(model, tokenizer, items, seeds, max_prompt_tokens, max_respons
 
 def generate(args):
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    items = read_prompts(args.data, args.split, args.limit)
-    settings = {"model": fingerprint(args.model), "max_prompt_tokens": args.max_prompt_tokens, "max_response_tokens": args.max_response_tokens}
+    items = read_prompts(args.data, tokenizer, args.split, args.limit)
+    settings = {
+        "model": fingerprint(args.model),
+        "dtype": args.dtype,
+        "max_prompt_tokens": args.max_prompt_tokens,
+        "max_response_tokens": args.max_response_tokens,
+    }
     settings |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     about = Path(f"{args.out}.settings.json")
     done = {}
     if Path(args.out).exists():
         found = json.loads(about.read_text()) if about.exists() else {}
         if differs := [f"{k}: {found.get(k)} there, {settings[k]} now" for k in settings if found.get(k) != settings[k]]:
-            raise InputError(f"{args.out}: already holds responses of other settings ({'; '.join(differs)}); choose another --out or remove it")
+            raise InputError(
+                f"{args.out}: already holds responses of other settings ({'; '.join(differs)}); choose another --out or remove it"
+            )
         done = {row["id"]: row for row in read_jsonl(args.out, torn_end=True)}
     missing = [item | {"seeds": [s for s in args.seeds if f"{item['id']}/{s}" not in done]} for item in items]
     missing = [(item, item.pop("seeds")) for item in missing]
     todo = sum(len(seeds) for _, seeds in missing)
-    print(f"{len(items):,} prompts x {len(args.seeds)} seeds: {todo:,} responses to generate, {len(items) * len(args.seeds) - todo:,} there already", file=sys.stderr)
+    print(
+        f"{len(items):,} prompts x {len(args.seeds)} seeds: {todo:,} responses to generate, {len(items) * len(args.seeds) - todo:,} there already",
+        file=sys.stderr,
+    )
     if todo:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_json(about, settings)
         write_jsonl(args.out, done.values())  # a torn last line, if there was one, is gone
         model = load_policy(args.model, args.dtype, args.attn_implementation, args.trust_remote_code).to(make_accelerator().device)
-        with open(args.out, "a") as file:
+        with open(args.out, "a", encoding="utf-8") as file:
             for seed in args.seeds:
                 some = [item for item, seeds in missing if seed in seeds]
                 sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-                for row in generate_rows(model, tokenizer, some, [seed], args.max_prompt_tokens, args.max_response_tokens, args.batch_size, **sampling):
+                for row in generate_rows(
+                    model, tokenizer, some, [seed], args.max_prompt_tokens, args.max_response_tokens, args.batch_size, **sampling
+                ):
                     done[row["id"]] = row
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     file.flush()
@@ -154,22 +225,24 @@ def read_jsonl(path, torn_end=False):
     """Rows of a JSONL file. `torn_end`: an unreadable last line (a killed writer) is skipped instead of refused."""
     rows = []
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = (
+            Path(path).read_bytes().removesuffix(b"\n").split(b"\n")
+        )  # texts may hold U+2028 and others where splitlines() of a str cuts
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    for i, line in enumerate(lines, 1):
+    for i, line in enumerate(lines if lines != [b""] else [], 1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # a torn line may end inside a UTF-8 character
             if not (torn_end and i == len(lines)):
-                raise InputError(f"{path}:{i}: not valid JSON ({error.msg})") from None
+                raise InputError(f"{path}:{i}: not valid JSON ({error})") from None
     return rows
 
 
 def write_jsonl(path, rows):
     """Write JSON lines by atomic rename."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
     os.replace(temporary, path)
 
 
@@ -206,15 +279,17 @@ def reward_table(rows, scores):
     def over_seeds(names):
         complete = [seed for seed in seeds if all((name, seed) in means for name in names)]
         numbers = {"n": sum(len(cells[name, seed]) for name in names for seed in complete), "seeds": complete}
-        for q in quantities:
+        for q in quantities if complete else ():
             mean, error = mean_and_error([sum(means[name, seed][q] for name in names) / len(names) for seed in complete])
             numbers |= {q: mean, f"{q}_error_over_seeds": error}
         return numbers
 
-    averages = {"All": over_seeds(subsets)}
-    if helpful := [name for name in subsets if name.lower().startswith("helpful")]:
-        averages["Helpful"] = over_seeds(helpful)
-    return {"subsets": {name: over_seeds([name]) for name in subsets}, "averages": averages}
+    helpful = [name for name in subsets if name.lower().startswith("helpful")]
+    averages = {name: over_seeds(some) for name, some in {"All": subsets, "Helpful": helpful}.items() if some}
+    return {
+        "subsets": {name: over_seeds([name]) for name in subsets},
+        "averages": {name: numbers for name, numbers in averages.items() if numbers["n"]},
+    }
 
 
 def format_table(tables):
@@ -234,18 +309,33 @@ def reward(args):
         if not rows:
             raise InputError(f"{path}: no rows")
         for i, row in enumerate(rows, 1):
-            if missing := [k for k in ("subset", "seed", "prompt", "response", "response_tokens", "finished") if k not in row]:
+            if missing := [
+                k
+                for k in ("subset", "seed", "prompt", "response", "response_tokens", "finished")
+                if not isinstance(row, dict) or k not in row
+            ]:
                 raise InputError(f"{path}:{i}: no column {missing[0]!r}; --gen takes files that `eval.py generate` wrote")
+            if not isinstance(row["prompt"], list) or not isinstance(row["response"], str):
+                raise InputError(
+                    f"{path}:{i}: prompt must be a list of messages and response a text; --gen takes files that `eval.py generate` wrote"
+                )
     tokenizer = load_tokenizer(args.reward_model, args.trust_remote_code)
     model = load_reward_model(args.reward_model, args.reward_dtype, args.attn_implementation, args.trust_remote_code)
     model = bind_scores(model.to(make_accelerator().device))
     tables = {}
     for path, rows in files.items():
-        scores = score(model, tokenizer, [(row["prompt"], row["response"]) for row in rows], args.batch_size, args.max_reward_tokens)
+        try:
+            scores = score(model, tokenizer, [(row["prompt"], row["response"]) for row in rows], args.batch_size, args.max_reward_tokens)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
         tables[path] = reward_table(rows, scores)
     print(format_table(tables))
     if args.out:
-        settings = {"reward_model": fingerprint(args.reward_model), "max_reward_tokens": args.max_reward_tokens, "reward_dtype": args.reward_dtype}
+        settings = {
+            "reward_model": fingerprint(args.reward_model),
+            "max_reward_tokens": args.max_reward_tokens,
+            "reward_dtype": args.reward_dtype,
+        }
         inputs = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         write_json(args.out, {"results": tables, "settings": settings, "inputs_sha256": inputs, "versions": versions})

@@ -77,12 +77,14 @@ def run(main):
     try:
         sys.exit(main())
     except InputError as error:
-        tag = f" [process {rank}]" if rank != "0" else ""
-        print(f"{os.path.basename(sys.argv[0])}{tag}: error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        message = " ".join(str(error).split())
     except KeyboardInterrupt:
         print(f"\n{os.path.basename(sys.argv[0])}: interrupted; what was written is kept", file=sys.stderr)
         sys.exit(130)
+    # Out here the error is gone, and with its frames the open progress bars: they would write below the message.
+    tag = f" [process {rank}]" if rank != "0" else ""
+    print(f"{os.path.basename(sys.argv[0])}{tag}: error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -121,14 +123,18 @@ def read_rows(source, split="train"):
         except (OSError, ValueError, RuntimeError) as error:  # offline, misspelt, private, no such split: the library's own words say which
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{source}: neither a file here nor a readable hub dataset ({type(error).__name__}: {str(error)[:200]})") from None
+            raise InputError(
+                f"{source}: neither a file here nor a readable hub dataset ({type(error).__name__}: {str(error)[:200]})"
+            ) from None
 
 
 def _import_datasets(source):
     try:
         import datasets
     except ImportError:
-        raise InputError(f"{source}: reading this needs the optional package `datasets`: pip install datasets (or pass a .jsonl file)") from None
+        raise InputError(
+            f"{source}: reading this needs the optional package `datasets`: pip install datasets (or pass a .jsonl file)"
+        ) from None
     return datasets
 
 
@@ -147,9 +153,13 @@ def _read_json(source, name):
                     try:
                         yield f"{name}:{i}", json.loads(line)
                     except json.JSONDecodeError as error:
-                        raise InputError(f"{name}:{i}: not valid JSON ({error.msg} at column {error.colno}); mend or remove this line") from None
+                        raise InputError(
+                            f"{name}:{i}: not valid JSON ({error.msg} at column {error.colno}); mend or remove this line"
+                        ) from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{name}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno}); the file must be one array or one object a line") from None
+        raise InputError(
+            f"{name}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno}); the file must be one array or one object a line"
+        ) from None
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
         raise InputError(f"{name}: cannot be read as UTF-8 text ({error})") from None
 
@@ -214,8 +224,12 @@ def to_record(row, where):
     elif None in row.values():
         raise Unusable("a needed column is null")
     else:
-        shapes = "prompt/chosen/rejected, prompt/response, prompt/responses/scores, prompt/completion/label, instruction/completions, messages"
-        raise InputError(f"{where}: unknown format, columns are {', '.join(sorted(row)) or 'none'}; known are {shapes} (see the header of formats.py)")
+        shapes = (
+            "prompt/chosen/rejected, prompt/response, prompt/responses/scores, prompt/completion/label, instruction/completions, messages"
+        )
+        raise InputError(
+            f"{where}: unknown format, columns are {', '.join(sorted(row)) or 'none'}; known are {shapes} (see the header of formats.py)"
+        )
     return record
 
 
@@ -232,7 +246,9 @@ def _split_prompt(row, where, *answers):
     prompts, responses = [], []
     for answer in answers:
         if isinstance(answer, str) and prompt is None and not answer.startswith("\n\nHuman:"):
-            raise InputError(f"{where}: chosen/rejected are plain strings and there is no prompt column; add one (a common beginning is no prompt)")
+            raise InputError(
+                f"{where}: chosen/rejected are plain strings and there is no prompt column; add one (a common beginning is no prompt)"
+            )
         turns = parse_hh(answer) if isinstance(answer, str) and answer.startswith("\n\nHuman:") else answer
         if isinstance(turns, list):
             turns = _messages(turns)
@@ -290,7 +306,11 @@ def parse_hh(text):
 
 def _messages(turns):
     for turn in turns:
-        if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant") or not isinstance(turn.get("content"), str):
+        if (
+            not isinstance(turn, dict)
+            or turn.get("role") not in ("system", "user", "assistant")
+            or not isinstance(turn.get("content"), str)
+        ):
             raise Unusable('a message is not {"role": system | user | assistant, "content": text}')
     if not turns:
         raise Unusable("an empty message list")

@@ -62,11 +62,18 @@ def load_reward_model(name, dtype="auto", attn_implementation=None, trust_remote
     InputError: two labels, or (without new_head) no trained head in the checkpoint: its scores would be random numbers.
     """
     if not new_head:
-        check_model_name(name)
-        config = _from_pretrained(transformers.AutoConfig, name, trust_remote_code=trust_remote_code)
-        if config.num_labels != 1:
-            raise InputError(f"{name}: a reward model has one label, this one has {config.num_labels} ({'/'.join(config.architectures or ['?'])}); pass a one-label AutoModelForSequenceClassification")
+        check_reward_model(name, trust_remote_code)
     return _load(transformers.AutoModelForSequenceClassification, name, dtype, attn_implementation, trust_remote_code, new_head).eval()
+
+
+def check_reward_model(name, trust_remote_code=False):
+    """InputError unless the config of this model has one label. Loads no weights."""
+    check_model_name(name)
+    config = _from_pretrained(transformers.AutoConfig, name, trust_remote_code=trust_remote_code)
+    if config.num_labels != 1:
+        raise InputError(
+            f"{name}: a reward model has one label, this one has {config.num_labels} ({'/'.join(config.architectures or ['?'])}); pass a one-label AutoModelForSequenceClassification"
+        )
 
 
 def _load(auto_class, name, dtype, attn_implementation, trust_remote_code, new_head=False):
@@ -80,15 +87,26 @@ def _load(auto_class, name, dtype, attn_implementation, trust_remote_code, new_h
     model, info = _from_pretrained(auto_class, name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **more)
     missing = sorted(key for key in info["missing_keys"] if not new_head or key.startswith(model.base_model_prefix + "."))
     if missing:  # transformers fills them with random numbers and only warns
-        raise InputError(f"{name}: the checkpoint has no weights for {', '.join(missing[:3])}; as {auto_class.__name__} it would be random there")
+        raise InputError(
+            f"{name}: the checkpoint has no weights for {', '.join(missing[:3])}; as {auto_class.__name__} it would be random there"
+        )
     return model
 
 
 def _from_pretrained(auto_class, name, **more):
     try:  # safetensors only: a pickle can run code
         return auto_class.from_pretrained(name, **({} if auto_class is transformers.AutoConfig else {"use_safetensors": True}), **more)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:  # a missing or cut file, an unknown architecture, offline, a missing kernel
-        raise InputError(f"{name}: cannot be loaded as {auto_class.__name__} ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from None
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        KeyError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # a missing or cut file, an unknown architecture, offline, a missing kernel
+        raise InputError(
+            f"{name}: cannot be loaded as {auto_class.__name__} ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        ) from None
 
 
 def mixed_precision():
@@ -99,9 +117,18 @@ def mixed_precision():
 
 
 def make_accelerator(**more):
-    """An Accelerator whose collectives may wait long: tables of processes with unequal work, or one process that writes a checkpoint."""
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
-    return Accelerator(mixed_precision=mixed_precision(), kwargs_handlers=[patience], **more)
+    """An Accelerator whose collectives may wait long: tables of processes with unequal work, or one process that writes a checkpoint.
+
+    `torchrun --nproc_per_node 2` works without a GPU too; left to itself, accelerate would run two programs that know nothing of each other.
+    """
+    patience, processes = InitProcessGroupKwargs(timeout=timedelta(hours=24)), int(os.environ.get("WORLD_SIZE", 1))
+    cpu = processes > 1 and not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision(), kwargs_handlers=[patience], **more)
+    if accelerator.num_processes != processes:
+        raise InputError(
+            f"{processes} processes were launched, but accelerate sees {accelerator.num_processes}; they would write over each other"
+        )
+    return accelerator
 
 
 def release(*models):
@@ -117,12 +144,20 @@ def fingerprint(name):
     """A short id of a model: the commit of a hub model, a hash over the files of a folder. Large weight files are sampled, not read whole."""
     folder = Path(name)
     if not folder.is_dir():
-        config = transformers.utils.cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        config = transformers.utils.cached_file(
+            name, "config.json", _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
         if config is None:
             raise InputError(f"{name}: neither a folder here nor a hub model that can be reached")
         return f"{name}@{Path(config).parent.name}"
     digest = hashlib.sha256()
-    patterns = ("model*.safetensors", "adapter*", "config.json", "tokenizer*", "chat_template*")  # not run.json or tables that lie beside them
+    patterns = (
+        "model*.safetensors",
+        "adapter*",
+        "config.json",
+        "tokenizer*",
+        "chat_template*",
+    )  # not run.json or tables that lie beside them
     for file in sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
@@ -243,7 +278,9 @@ def _check_head(model, name):
     ours = _after_head(model.get_output_embeddings()(hidden).float(), model.config.get_text_config())
     model.train(was_training)
     if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2, equal_nan=True):
-        raise InputError(f"{name}: {type(model).__name__} changes its logits after the head in a way _after_head in model.py does not know; add it there")
+        raise InputError(
+            f"{name}: {type(model).__name__} changes its logits after the head in a way _after_head in model.py does not know; add it there"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -268,7 +305,9 @@ class SampleByRow(transformers.LogitsProcessor):
         cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)  # (B, V)
         threshold = self.draws[:, self.t, None] * cumulative[:, -1:]  # the total is 1 up to rounding
         self.t += 1
-        token = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[-1] - 1)  # first token whose share ends beyond it
+        token = torch.searchsorted(cumulative, threshold, right=True).clamp(
+            max=scores.shape[-1] - 1
+        )  # first token whose share ends beyond it
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
@@ -286,10 +325,14 @@ def generate_responses(model, tokenizer, prompts, seeds, max_new_tokens, tempera
         attention_mask[row, width - len(p) :] = 1
     sampler = [SampleByRow(seeds, max_new_tokens, temperature, top_p, top_k, model.device)] if temperature > 0 else []
     stops = stop_ids(model, tokenizer)
-    settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id(tokenizer))
+    settings = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id(tokenizer)
+    )
     own, was_training = model.generation_config, model.training
     try:
-        model.generation_config = settings  # generate adds what the model's own asks for, a repetition penalty say, to any config it is given
+        model.generation_config = (
+            settings  # generate adds what the model's own asks for, a repetition penalty say, to any config it is given
+        )
         out = model.eval().generate(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),

@@ -17,25 +17,49 @@ which is the same unless the text ends with the pad token; then its answer is on
 import argparse
 import math
 
-from data import add_data_flags, add_loading_flags, encode_text, load_examples, load_tokenizer, pad_id, pad_right, plan_micro_batches, render, step_micro_batches
-from formats import InputError, run
+from data import (
+    add_data_flags,
+    add_loading_flags,
+    encode_text,
+    load_examples,
+    load_tokenizer,
+    pad_id,
+    pad_right,
+    plan_micro_batches,
+    render,
+    step_micro_batches,
+)
+from formats import InputError, Unusable, run
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Train a reward model on preference pairs (Bradley-Terry, Eq. 1), or measure how often it prefers the chosen response.")
+    parser = argparse.ArgumentParser(
+        description="Train a reward model on preference pairs (Bradley-Terry, Eq. 1), or measure how often it prefers the chosen response."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|accuracy")
     for name, text in (("train", "fit a reward model"), ("accuracy", "share of pairs whose chosen response scores higher, ties apart")):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--model", required=True, help="train: any model, its body is the start; accuracy: a reward model (folder or hub name)")
-        command.add_argument("--batch_size", type=int, default=32, help="pairs per optimizer step over all processes; for accuracy, conversations per forward (default: %(default)s)")
+        command.add_argument(
+            "--model", required=True, help="train: any model, its body is the start; accuracy: a reward model (folder or hub name)"
+        )
+        command.add_argument(
+            "--batch_size",
+            type=int,
+            default=32,
+            help="pairs per optimizer step over all processes; for accuracy, conversations per forward (default: %(default)s)",
+        )
         if name == "train":
             command.add_argument("--output_dir", required=True, help="where the reward model is written")
             command.add_argument("--eval_data", nargs="+", metavar="SOURCE", help="pairs whose accuracy is printed after training")
             command.add_argument("--epochs", type=float, default=1.0, help="passes over the pairs (default: %(default)s)")
             command.add_argument("--lr", type=float, default=1e-5, help="peak learning rate of AdamW (default: %(default)s)")
-            command.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps with rising learning rate (default: %(default)s)")
+            command.add_argument(
+                "--warmup_ratio", type=float, default=0.03, help="share of the steps with rising learning rate (default: %(default)s)"
+            )
             command.add_argument("--weight_decay", type=float, default=0.0, help="of AdamW, matrices only (default: %(default)s)")
-            command.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are scaled down to this norm (default: %(default)s)")
+            command.add_argument(
+                "--max_grad_norm", type=float, default=1.0, help="gradients are scaled down to this norm (default: %(default)s)"
+            )
             command.add_argument("--seed", type=int, default=0, help="order of the pairs and the fresh head (default: %(default)s)")
         else:
             command.add_argument("--out", metavar="FILE", help="also write the numbers as JSON")
@@ -46,6 +70,9 @@ def parse_args(argv=None):
         parser.error("--data is required")
     if args.responses not in (None, "pairs"):
         parser.error(f"--responses {args.responses}: a reward model is trained and judged on pairs")
+    for name in ("batch_size", "epochs", "lr", "max_reward_tokens"):
+        if not getattr(args, name, 1) > 0:
+            parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
     return args
 
 
@@ -72,8 +99,14 @@ def bradley_terry_loss(chosen_rewards, rejected_rewards):
 
 
 def encode_conversation(tokenizer, messages, response, max_tokens):
-    """Token ids the reward model reads: prompt and response in its own template, cut from the left (BOS kept)."""
-    ids = encode_text(tokenizer, [render(tokenizer, [*messages, {"role": "assistant", "content": response}])])[0]
+    """Token ids the reward model reads: prompt and response in its own template, cut from the left (BOS kept). InputError: turns the template refuses."""
+    try:
+        ids = encode_text(tokenizer, [render(tokenizer, [*messages, {"role": "assistant", "content": response}])])[0]
+    except Unusable:
+        beginning = f"the conversation that begins {messages[0]['role']}: {messages[0]['content'][:60]!r}"
+        raise InputError(
+            f"the reward model's chat template refuses the turns of {beginning}; remove it from the data, or take another reward model"
+        ) from None
     if len(ids) > max_tokens:
         bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
         ids = bos + ids[len(ids) - max_tokens + len(bos) :]
@@ -86,7 +119,9 @@ def bind_scores(model):
     def scores(self, input_ids, attention_mask):
         if not hasattr(self, "score"):  # an encoder (BERT, DeBERTa, ...): it pools a fixed place, padding is masked out
             return type(self).forward(self, input_ids=input_ids, attention_mask=attention_mask).logits.squeeze(-1).float()
-        hidden = self.base_model(**model_inputs(input_ids, attention_mask), use_cache=False).last_hidden_state  # (B, T, D)
+        # the mask also where model_inputs leaves it out: not every body under such a head is causal (Gemma 3 can look both ways)
+        inputs = model_inputs(input_ids, attention_mask) | {"attention_mask": attention_mask}
+        hidden = self.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
         places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device) * attention_mask  # 1, 2, 3, ... where attended
         return head_scores(self, hidden[torch.arange(len(hidden)), places.argmax(dim=1)])  # (B, D) -> (B,)
 
@@ -103,7 +138,7 @@ def score(model, tokenizer, conversations, batch_size=32, max_tokens=2048, progr
     """r(x, y) of [(messages, response), ...] -> list of raw logits, in the order given. `model` comes from `bind_scores`.
 
     Batches hold conversations of similar length, so little of the work is padding; a score does not depend on its batch.
-    InputError: a score that is not a finite number, with its row.
+    InputError: a score that is not a finite number, with its place in the list.
     """
     ids = [encode_conversation(tokenizer, messages, response, max_tokens) for messages, response in conversations]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -114,7 +149,9 @@ def score(model, tokenizer, conversations, batch_size=32, max_tokens=2048, progr
         batch = pad_right([ids[i] for i in rows], pad_id(tokenizer))
         for i, value in zip(rows, model(**{k: v.to(model.device) for k, v in batch.items()}).tolist()):
             if not math.isfinite(value):
-                raise InputError(f"the reward model's score of row {i + 1} is {value}; try --reward_dtype float32")
+                raise InputError(
+                    f"the reward model's score of conversation {i + 1} of {len(ids)}, response {conversations[i][1][:60]!r}, is {value}; try --reward_dtype float32"
+                )
             scores[i] = value
         bar.update(len(rows))
     bar.close()
@@ -122,10 +159,12 @@ def score(model, tokenizer, conversations, batch_size=32, max_tokens=2048, progr
 
 
 def accuracy(chosen_rewards, rejected_rewards):
-    """Share of pairs with chosen strictly above rejected, and share of exact ties, which are neither right nor wrong."""
+    """Share of pairs with chosen strictly above rejected, and share of exact ties, which are neither right nor wrong. ValueError: a nan."""
     pairs = list(zip(chosen_rewards, rejected_rewards))
     right, ties = sum(c > r for c, r in pairs), sum(c == r for c, r in pairs)
     margins = [c - r for c, r in pairs]
+    if any(map(math.isnan, margins)):
+        raise ValueError(f"pair {[*map(math.isnan, margins)].index(True) + 1} of {len(pairs)} has a reward that is nan")
     return {"pairs": len(pairs), "accuracy": right / len(pairs), "ties": ties / len(pairs), "mean_margin": sum(margins) / len(pairs)}
 
 
@@ -162,7 +201,9 @@ def train(args):
     for step in bar:
         (batch,) = step_micro_batches(step, 1, len(batches), args.seed)
         mine = [pairs[i] for i in batches[batch]][accelerator.process_index :: P]
-        ids = [encode_conversation(tokenizer, e.messages, e.response, args.max_reward_tokens) for side in zip(*mine) for e in side]  # chosen, then rejected
+        ids = [
+            encode_conversation(tokenizer, e.messages, e.response, args.max_reward_tokens) for side in zip(*mine) for e in side
+        ]  # chosen, then rejected
         rewards = model(**{k: v.to(accelerator.device) for k, v in pad_right(ids, pad_id(tokenizer)).items()})  # (2B,)
         loss = bradley_terry_loss(*rewards.chunk(2))
         accelerator.backward(loss)
@@ -186,7 +227,9 @@ def train(args):
 
 
 def load_pairs(args, sources, tokenizer, progress=True):
-    examples, report, _ = load_examples(sources, tokenizer, "pairs", args.max_prompt_tokens, args.max_response_tokens, args.split, args.strict, progress=progress)
+    examples, report, _ = load_examples(
+        sources, tokenizer, "pairs", args.max_prompt_tokens, args.max_response_tokens, args.split, args.strict, progress=progress
+    )
     if progress:
         print(f"{', '.join(sources)}: {len(examples) // 2:,} pairs; {report}")
     return examples

@@ -28,15 +28,23 @@ import shutil
 import time
 from pathlib import Path
 
-from data import add_data_flags, add_loading_flags, add_plan_flags, load_plan, pad_id, pad_right
+from data import add_data_flags, add_loading_flags, add_plan_flags, check_model_name, load_plan, pad_id, pad_right
 from formats import InputError, run
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Measure r(x_i, y_j) and log pi_ref(y_j | x_i) for every micro-batch (Algorithm 1 lines 3-5) and store them in one safetensors file.")
+    parser = argparse.ArgumentParser(
+        description="Measure r(x_i, y_j) and log pi_ref(y_j | x_i) for every micro-batch (Algorithm 1 lines 3-5) and store them in one safetensors file."
+    )
     parser.add_argument("--model", required=True, help="the policy, folder or hub name: its tokenizer makes the plan")
-    parser.add_argument("--ref_model", metavar="MODEL", help="the reference pi_ref, folder or hub name, with the policy's tokenizer (default: --model)")
-    parser.add_argument("--reward_model", metavar="MODEL", help="one-label sequence classifier, folder or hub name; may be left out with --partners group if every response of the data has a score")
+    parser.add_argument(
+        "--ref_model", metavar="MODEL", help="the reference pi_ref, folder or hub name, with the policy's tokenizer (default: --model)"
+    )
+    parser.add_argument(
+        "--reward_model",
+        metavar="MODEL",
+        help="one-label sequence classifier, folder or hub name; may be left out with --partners group if every response of the data has a score",
+    )
     parser.add_argument("--out", default="tables.safetensors", metavar="FILE", help="the file to write (default: %(default)s)")
     add_data_flags(parser)
     add_plan_flags(parser)
@@ -44,6 +52,12 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.data:
         parser.error("--data is required")
+    if args.batch_size < 2:
+        parser.error(
+            f"--batch_size {args.batch_size}: with a single response in the micro-batch the reward cancels out of Zhat; use at least 2"
+        )
+    if args.max_reward_tokens < 1:
+        parser.error(f"--max_reward_tokens must be above 0, got {args.max_reward_tokens}")
     return args
 
 
@@ -69,11 +83,6 @@ BETAS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 def header(plan, ref_model, reward_model, dtype, reward_dtype, max_reward_tokens):
     """Everything the numbers depend on, as a dict of strings and numbers. beta, estimator, mean or sum and normalisation are not in it."""
-    digest = hashlib.sha256()
-    for batch in plan.batches:
-        for i in batch:
-            e = plan.examples[i]
-            digest.update(e.prompt_ids.tobytes() + b"|" + e.response_ids.tobytes() + f"|{e.prompt_key}|{e.response}\n".encode())
     return {
         **plan.settings,
         "examples": len(plan.examples),
@@ -82,8 +91,18 @@ def header(plan, ref_model, reward_model, dtype, reward_dtype, max_reward_tokens
         "dtype": dtype,
         "reward_dtype": reward_dtype,
         "max_reward_tokens": max_reward_tokens,
-        "plan": digest.hexdigest()[:16],  # the micro-batches, token by token, and the texts the reward model reads
+        "plan": plan_fingerprint(plan),
     }
+
+
+def plan_fingerprint(plan):
+    """A short id of the micro-batches, token by token, and of the texts the reward model reads."""
+    digest = hashlib.sha256()
+    for batch in plan.batches:
+        for i in batch:
+            e = plan.examples[i]
+            digest.update(e.prompt_ids.tobytes() + b"|" + e.response_ids.tobytes() + f"|{e.prompt_key}|{e.response}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def check_fits(path, wanted):
@@ -138,7 +157,9 @@ def ref_logps_of(model, tokenizer, prompt_ids, responses, by_prefix=True):
     hidden = continue_prefix(causal_lm.base_model, prompt_ids, responses, pad_id(tokenizer))  # (n, 1 + S, D)
     targets = pad_right(responses, pad_id(tokenizer))
     rows, columns = targets["attention_mask"].nonzero(as_tuple=True)
-    logps = logps_from_hidden(causal_lm, hidden[rows, columns], targets["input_ids"][rows, columns].to(hidden.device))  # column t predicts token t
+    logps = logps_from_hidden(
+        causal_lm, hidden[rows, columns], targets["input_ids"][rows, columns].to(hidden.device)
+    )  # column t predicts token t
     return torch.zeros(len(responses), device=hidden.device).index_add(0, rows.to(hidden.device), logps).tolist()
 
 
@@ -180,7 +201,8 @@ def ref_scorer(model, tokenizer, B):
     def group(pairs, by_prefix=True):
         return ref_logps_of(model, tokenizer, pairs[0][0].prompt_ids, [y.response_ids.tolist() for _, y in pairs], by_prefix)
 
-    return lambda cells: score_cells(cells, lambda x: x.prompt_ids.tobytes(), lambda y: y.response_ids.tobytes(), either_way(group, model), B)
+    score_group = either_way(group, model, per_token=0.02)
+    return lambda cells: score_cells(cells, lambda x: x.prompt_ids.tobytes(), lambda y: y.response_ids.tobytes(), score_group, B)
 
 
 def reward_scorer(model, tokenizer, B, max_tokens):
@@ -188,24 +210,38 @@ def reward_scorer(model, tokenizer, B, max_tokens):
     model = bind_scores(model)
 
     def group(pairs, by_prefix=True):
+        if by_prefix and not hasattr(model, "score"):
+            raise NotImplementedError  # an encoder reads both ways: the prefix alone is not what it sees before a response
         ids = [encode_conversation(tokenizer, x.messages, y.response, max_tokens) for x, y in pairs]
-        return rewards_of(model, tokenizer, ids, by_prefix and hasattr(model, "score"))
+        return rewards_of(model, tokenizer, ids, by_prefix)
 
-    return lambda cells: score_cells(cells, lambda x: x.prompt_key, lambda y: y.response, either_way(group, model), B)
+    score_group = either_way(group, model)
+    return lambda cells: score_cells(cells, lambda x: x.prompt_key, lambda y: y.response, score_group, B)
 
 
-def either_way(group, model):
-    """`group`, which on its first call scores by prefix and by full forwards, and stays with full forwards if they disagree."""
+def either_way(group, model, per_token=0.0):
+    """`group`, which on its first call scores by prefix and by full forwards, and stays with full forwards if they disagree or a prefix
+    cannot be continued (encoders; a cache that cannot be repeated, as of linear attention).
+
+    What is rounding and no disagreement: 1e-3 in float32; in 16 bits 0.2, and `per_token` more for each token of a sum.
+    """
     state = {}
 
     def scored(pairs):
         if "by_prefix" not in state:
-            fast, plain = group(pairs, True), group(pairs, False)
-            length = max(len(y.response_ids) for _, y in pairs)
-            tolerance = 1e-3 if model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type) else 0.02 * length + 0.1
-            state["by_prefix"] = all(abs(a - b) <= tolerance + 1e-3 * abs(b) for a, b in zip(fast, plain))
-            if not state["by_prefix"]:
-                print(f"note: {type(model).__name__} scores differently from a key-value cache ({fast[0]:.4f} against {plain[0]:.4f}); using full forwards")
+            plain, why = group(pairs, False), ""
+            tolerance = 1e-3
+            if model.dtype != torch.float32 or torch.is_autocast_enabled(model.device.type):
+                tolerance = 0.2 + per_token * max(len(y.response_ids) for _, y in pairs)
+            try:
+                fast = group(pairs, True)
+                if any(not abs(a - b) <= tolerance + 1e-3 * abs(b) for a, b in zip(fast, plain)):
+                    why = f"scores differently from a key-value cache ({fast[0]:.4f} against {plain[0]:.4f})"
+            except (AttributeError, NotImplementedError, TypeError, ValueError):
+                why = "cannot continue from a key-value cache"
+            if why:
+                print(f"note: {type(model).__name__} {why}; using full forwards")
+            state["by_prefix"] = not why
             return plain
         return group(pairs, state["by_prefix"])
 
@@ -246,7 +282,8 @@ class Tables:
         for name in ("rewards", "ref_logps"):
             if name in tensors:
                 where = tensors["micro_batches"].long() if "micro_batches" in tensors else slice(None)
-                getattr(self, name)[where] = tensors[name]
+                mine = getattr(self, name)
+                mine[where] = torch.where(tensors[name].isnan(), mine[where], tensors[name])  # a diagonal does not erase what is around it
 
 
 def build_tables(path, plan, wanted, needed, accelerator, tokenizer, reward_tokenizer, args):
@@ -257,7 +294,14 @@ def build_tables(path, plan, wanted, needed, accelerator, tokenizer, reward_toke
     InputError: a table that does not fit, data without the scores that would replace a reward model.
     """
     path, main = Path(path), accelerator.is_main_process
-    about = header(plan, args.ref_model or args.model if wanted["ref_logps"] else None, args.reward_model, args.dtype, args.reward_dtype, args.max_reward_tokens)
+    about = header(
+        plan,
+        args.ref_model or args.model if wanted["ref_logps"] else None,
+        args.reward_model,
+        args.dtype,
+        args.reward_dtype,
+        args.max_reward_tokens,
+    )
     tables = Tables(plan)
     if path.exists():
         found = check_fits(path, about)
@@ -269,8 +313,9 @@ def build_tables(path, plan, wanted, needed, accelerator, tokenizer, reward_toke
         tables.take(load_file(part))
     if args.reward_model is None and wanted["rewards"]:
         take_scores(tables, plan)
+    accelerator.wait_for_everyone()  # all have seen the same pieces, before the first new one appears
 
-    measured = False
+    measured = args.reward_model is None and bool(wanted["rewards"])  # the data's scores are written again: they may have changed
     for name, which in wanted.items():
         todo = [m for m in sorted(needed) if which and tables.lacks(name, m, which)]
         if todo:
@@ -329,7 +374,9 @@ def measure(name, which, todo, parts, plan, accelerator, tokenizer, reward_token
         values_of(mine[0][:1])
         minutes = (time.perf_counter() - start) * tokens / forward_tokens(plan, mine[0][0], which) / accelerator.num_processes / 60
         if accelerator.is_main_process:
-            print(f"{name}: {len(todo):,} micro-batches, {tokens:,} forward tokens (each prompt once, {'every' if which == 'all' else 'its own'} response), about {minutes:.1f} minutes")
+            print(
+                f"{name}: {len(todo):,} micro-batches, {tokens:,} forward tokens (each prompt once, {'every' if which == 'all' else 'its own'} response), about {minutes:.1f} minutes"
+            )
     bar = tqdm(total=sum(map(len, mine)), desc=name, unit=" micro-batches", disable=not accelerator.is_main_process, mininterval=1.0)
     B = max(map(len, plan.batches))
     for piece in mine:
@@ -338,7 +385,9 @@ def measure(name, which, todo, parts, plan, accelerator, tokenizer, reward_token
         for (m, i, j), value in zip(cells, numbers):
             if not math.isfinite(value):
                 x, y = plan.examples[plan.batches[m][i]], plan.examples[plan.batches[m][j]]
-                raise InputError(f"{name} of the response of {y.where} to the prompt of {x.where} is {value}; try --{'reward_' if name == 'rewards' else ''}dtype float32")
+                raise InputError(
+                    f"{name} of the response of {y.where} to the prompt of {x.where} is {value}; try --{'reward_' if name == 'rewards' else ''}dtype float32"
+                )
             values[m][i, j] = value
         file = parts / f"{name}-{which}-{piece[0]:08d}.safetensors"
         save_file({name: torch.stack(list(values.values())), "micro_batches": torch.tensor(piece)}, f"{file}.tmp")
@@ -361,11 +410,18 @@ def forward_tokens(plan, m, which):
 
 def summary(tables, needed, ref_logps="mean", estimator="paper", betas=BETAS, most=1000):
     """Text: effective sample size (1 to B) and self_share (0 to 1) for each beta, means over at most `most` micro-batches."""
-    some = sorted(needed)[:: max(1, len(needed) // most)]
-    lines = [f"weights over {len(some):,} micro-batches, --ref_logps {ref_logps} --estimator {estimator}", "   beta   effective sample size   self_share"]
+    some = sorted(needed)[:: math.ceil(len(needed) / most)]
+    lines = [
+        f"weights over {len(some):,} micro-batches, --ref_logps {ref_logps} --estimator {estimator}",
+        "   beta   effective sample size   self_share",
+    ]
     for beta in betas:
         ess, share = zip(*(weights_at_a_glance(*tables.micro_batch(m, ref_logps), beta, estimator) for m in some))
-        lines.append(f"{beta:7g}   {sum(ess) / len(ess):21.2f}   {'':10}" if share[0] is None else f"{beta:7g}   {sum(ess) / len(ess):21.2f}   {sum(share) / len(share):10.3f}")
+        lines.append(
+            f"{beta:7g}   {sum(ess) / len(ess):21.2f}   {'':10}"
+            if share[0] is None
+            else f"{beta:7g}   {sum(ess) / len(ess):21.2f}   {sum(share) / len(share):10.3f}"
+        )
     return "\n".join(lines)
 
 
@@ -380,6 +436,8 @@ def weights_at_a_glance(rewards, ref_logps, beta, estimator):
 
 def main(args):
     accelerator = make_accelerator()
+    if args.ref_model:
+        check_model_name(args.ref_model)
     tokenizer, reward_tokenizer, plan, eval_plan = load_plan(args, args.responses or "all", accelerator.is_main_process)
     wanted = {"rewards": "all", "ref_logps": "all"}
     if args.reward_model is None and args.partners != "group":

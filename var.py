@@ -136,7 +136,9 @@ def _check(rewards, ref_logps, beta, estimator):
     if ref_logps is not None and ref_logps.shape != rewards.shape:
         raise ValueError(f"ref_logps {tuple(ref_logps.shape)} must have the shape of rewards {tuple(rewards.shape)}")
     if B == 1 and estimator != "constant":
-        raise ValueError(f'B = 1: with one response in the micro-batch the reward cancels out of w (estimator={estimator!r}); use B >= 2 or "constant"')
+        raise ValueError(
+            f'B = 1: with one response in the micro-batch the reward cancels out of w (estimator={estimator!r}); use B >= 2 or "constant"'
+        )
     needed = {"rewards": rewards.diagonal() if square and estimator == "constant" else rewards}
     if estimator == "paper":
         needed["ref_logps"] = ref_logps

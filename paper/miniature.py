@@ -61,7 +61,10 @@ MISMATCH_COST = 2.0
 GARBLED = -4.0  # as bad as a wrong answer about another thing: it never pays to lose the form
 
 PROMPTS = {  # text -> (thing, container)
-    phrasing.format(thing=thing, container=container): (thing, container) for thing in LEVEL for container in CONTAINERS for phrasing in PHRASINGS
+    phrasing.format(thing=thing, container=container): (thing, container)
+    for thing in LEVEL
+    for container in CONTAINERS
+    for phrasing in PHRASINGS
 }
 FORMS = [  # (pattern, style if the statement is true or there is none, what the statement claims)
     (re.compile(re.escape(text).replace(r"\{thing\}", "([a-z]+)")), style, claim)
@@ -146,42 +149,37 @@ def best_accuracy(rows):
 # ----------------------------------------------------------------------------------------------------------------------
 # Build it: data, random models, and then only the programs that users run
 
-# The reward model reads its own tokens in its own template, as in real life.
-REWARD_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
-
-def make_tokenizer(texts, vocab_size, specials, chat_template):
-    """A byte-level BPE tokenizer trained on `texts`: it can encode any text, and the words of this world are short."""
+def save_random_model(folder, texts):
+    """A Llama of two layers (109 thousand weights) that knows nothing, with a byte-level BPE tokenizer trained on `texts`."""
+    import torch
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    names = [name for name in specials.values() if isinstance(name, str)] + specials.get("extra_special_tokens", [])
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=names, initial_alphabet=alphabet, show_progress=False))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **specials)
-    tokenizer.chat_template = chat_template
-    return tokenizer
-
-
-def save_random_model(folder, tokenizer, hidden, seed):
-    """A Llama of two layers that knows nothing, with its tokenizer. Its weights start larger than usual: 0.02 is for wider models."""
-    import torch
-    import transformers
-
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=["<s>", "</s>", "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.05, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
+        initializer_range=0.05, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def train_settings():
     """Defaults that `python train.py` takes over when it is given no --model and no --data."""
-    paths = {"model": f"{FOLDER}/base", "reward_model": f"{FOLDER}/reward", "data": [f"{FOLDER}/train.jsonl"], "eval_data": [f"{FOLDER}/held_out.jsonl"]}
+    paths = {
+        "model": f"{FOLDER}/base",
+        "reward_model": f"{FOLDER}/reward",
+        "data": [f"{FOLDER}/train.jsonl"],
+        "eval_data": [f"{FOLDER}/held_out.jsonl"],
+    }
     return paths | {"beta": BETA, "lr": 1e-3, "epochs": 4.0, "max_response_tokens": 64, "save_every": 0, "miniature": True}
 
 
@@ -198,26 +196,33 @@ def build(folder=FOLDER):
     folder = Path(folder)
     if (folder / "reward" / "config.json").exists():
         return
-    from data import PLAIN_TEMPLATE
-
     start = time.time()
     print("building the miniature world: data, a base model that knows every style, a reward model", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     prompts, held_out = split_prompts()
-    answers = lambda some: [{"prompt": p, "responses": listed_answers(p), "scores": [true_reward(p, y) for y in listed_answers(p)]} for p in some]
+    answers = lambda some: [
+        {"prompt": p, "responses": listed_answers(p), "scores": [true_reward(p, y) for y in listed_answers(p)]} for p in some
+    ]
     held_out_pairs = sample_pairs(held_out, 1000, seed=1)
-    files = {"train": answers(prompts), "held_out": answers(held_out), "pairs": sample_pairs(prompts, 8000, seed=0), "held_out_pairs": held_out_pairs}
+    files = {
+        "train": answers(prompts),
+        "held_out": answers(held_out),
+        "pairs": sample_pairs(prompts, 8000, seed=0),
+        "held_out_pairs": held_out_pairs,
+    }
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    texts = [text for p in prompts for text in (p, *listed_answers(p))]
-    policy_tokens = make_tokenizer(texts, 420, {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}, PLAIN_TEMPLATE)
-    reward_specials = {"eos_token": "<|end|>", "pad_token": "<|pad|>", "extra_special_tokens": ["<|user|>", "<|assistant|>"]}
-    save_random_model(folder / "random", policy_tokens, hidden=64, seed=0)
-    save_random_model(folder / "random_reward", make_tokenizer(texts, 360, reward_specials, REWARD_TEMPLATE), hidden=64, seed=1)
-    call("train", f"--loss sft --responses all --model {folder}/random --data {folder}/train.jsonl --batch_size 32 --epochs 12 --lr 6e-3 --save_every 0 --output_dir {folder}/base --resume", folder / "build.log")
-    call("reward", f"train --model {folder}/random_reward --data {folder}/pairs.jsonl --eval_data {folder}/held_out_pairs.jsonl --batch_size 32 --epochs 3 --lr 4e-3 --output_dir {folder}/reward", folder / "build.log")
-    accuracy = json.loads((folder / "reward" / "accuracy.json").read_text())["accuracy"]
-    print(f"reward model: {100 * accuracy:.1f} % of 1,000 held-out pairs right; the true reward would get {100 * best_accuracy(held_out_pairs):.1f} % (preferences are noisy)")
+    save_random_model(folder / "random", [text for p in prompts for text in (p, *listed_answers(p))])
+    base = f"--loss sft --responses all --model {folder}/random --data {folder}/train.jsonl --batch_size 32 --epochs 12 --lr 6e-3 --save_every 0"
+    call("train", f"{base} --output_dir {folder}/base --resume", folder / "build.log")
+    # the reward model starts from the base model's body, as is usual; only its head is new
+    pairs = f"--data {folder}/pairs.jsonl --eval_data {folder}/held_out_pairs.jsonl --batch_size 16 --epochs 2 --lr 7e-4"
+    call("reward", f"train --model {folder}/base {pairs} --output_dir {folder}/reward", folder / "build.log")
+    accuracy = 100 * json.loads((folder / "reward" / "accuracy.json").read_text())["accuracy"]
+    ceiling = 100 * best_accuracy(held_out_pairs)
+    print(
+        f"reward model: {accuracy:.1f} % of 1,000 held-out pairs right; the true reward itself would get {ceiling:.1f} %, the preferences are noisy"
+    )
     print(f"built in {time.time() - start:.0f} s", flush=True)
 
 
@@ -235,7 +240,9 @@ def exact(model_folder, prompts):
     tokenizer, model = load_tokenizer(model_folder), load_policy(model_folder).eval()
     logps = []
     with torch.no_grad():
-        for prompt_ids, responses in encode_records(tokenizer, [([{"role": "user", "content": p}], listed_answers(p)) for p in prompts], 10**6, 10**6):
+        for prompt_ids, responses in encode_records(
+            tokenizer, [([{"role": "user", "content": p}], listed_answers(p)) for p in prompts], 10**6, 10**6
+        ):
             examples = [Example(array("i", prompt_ids), array("i", ids), [], "", None, "") for ids in responses]
             logps.append(sequence_logps(model, **collate(examples, pad_id(tokenizer))))
     return torch.stack(logps)
@@ -256,30 +263,51 @@ def report(folders, folder=FOLDER, seeds="0,1,2"):
 
     def on_the_list(logps):
         p, tokens = logps.exp(), logps - ref
-        return {"E[r]": (p * rewards).sum(1).mean().item(), "E[r]-bKL": (p * (rewards - BETA * tokens)).sum(1).mean().item(), "KL(pi*,pi)": (target.exp() * (target - logps)).sum(1).mean().item()}
+        return {
+            "E[r]": (p * rewards).sum(1).mean().item(),
+            "E[r]-bKL": (p * (rewards - BETA * tokens)).sum(1).mean().item(),
+            "KL(pi*,pi)": (target.exp() * (target - logps)).sum(1).mean().item(),
+        }
 
     lines = []
     for name in folders:
         gen = Path(name) / "held_out_responses.jsonl"
-        call("eval", f"generate --model {name} --data held_out={folder}/held_out.jsonl --out {gen} --seeds {seeds} --max_response_tokens 64 --batch_size 60", folder / "report.log")
+        call(
+            "eval",
+            f"generate --model {name} --data held_out={folder}/held_out.jsonl --out {gen} --seeds {seeds} --max_response_tokens 64 --batch_size 60",
+            folder / "report.log",
+        )
         call("eval", f"reward --gen {gen} --reward_model {folder}/reward --out {gen}.reward.json", folder / "report.log")
         scored = json.loads(Path(f"{gen}.reward.json").read_text())["results"][str(gen)]["averages"]["All"]
         rows = read_jsonl(gen)
         texts = [(row["prompt"][0]["content"], row["response"]) for row in rows]
         styles = [style_of(*text) for text in texts]
         logps = exact(name, prompts)
-        sampled = {"model score": scored["reward"], "true": sum(true_reward(*text) for text in texts) / len(texts), "tokens": scored["response_tokens"]}
+        sampled = {
+            "model score": scored["reward"],
+            "true": sum(true_reward(*text) for text in texts) / len(texts),
+            "tokens": scored["response_tokens"],
+        }
         shares = {style: 100 * styles.count(style) / len(styles) for style in (*STYLES, "other", "garbled")}
-        lines.append((Path(name).name, sampled | shares | on_the_list(torch.log_softmax(logps, dim=1)) | {"leaked": 1 - logps.exp().sum(1).mean().item()}))
+        lines.append(
+            (
+                Path(name).name,
+                sampled | shares | on_the_list(torch.log_softmax(logps, dim=1)) | {"leaked": 1 - logps.exp().sum(1).mean().item()},
+            )
+        )
     nothing = dict.fromkeys(lines[0][1], math.nan)
-    lines.append(("pi*", nothing | {s: 100 * v for s, v in zip(STYLES, target.exp().mean(0).tolist())} | on_the_list(target) | {"leaked": 0.0}))
+    lines.append(
+        ("pi*", nothing | {s: 100 * v for s, v in zip(STYLES, target.exp().mean(0).tolist())} | on_the_list(target) | {"leaked": 0.0})
+    )
     print(format_report(lines, bound, len(prompts), seeds))
     return lines
 
 
 def format_report(lines, bound, prompts, seeds):
     percent = {*STYLES, "other", "garbled"}
-    show = lambda name, value: f"{'-' if math.isnan(value) else format(value, '.0f') + '%' if name in percent else format(value, '.3f' if name == 'leaked' else '.2f'):>11}"
+    show = lambda name, value: (
+        f"{'-' if math.isnan(value) else format(value, '.0f') + '%' if name in percent else format(value, '.3f' if name == 'leaked' else '.2f'):>11}"
+    )
     head = f"{'':12}" + "".join(f"{name:>11}" for name in lines[0][1])
     body = [f"{name:12}" + "".join(show(k, v) for k, v in numbers.items()) for name, numbers in lines]
     notes = [
@@ -310,7 +338,9 @@ def demo(folder=FOLDER):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="The miniature preference world: build it, run the whole method on it, or report on folders trained on it.")
+    parser = argparse.ArgumentParser(
+        description="The miniature preference world: build it, run the whole method on it, or report on folders trained on it."
+    )
     parser.add_argument("command", choices=["demo", "build", "report"])
     parser.add_argument("folders", nargs="*", help="report: the folders to compare (base is always the reference)")
     args = parser.parse_args()

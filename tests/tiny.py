@@ -1,16 +1,23 @@
 """Tiny tokenizers and models made on the spot, for the tests. Nothing is downloaded and nothing is kept."""
 
+import json
 import os
+import socket
 import sys
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED_DATA = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # of the programs the tests start
 
+import accelerate
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import formats
 
 TEXTS = [
     "Which tree keeps its leaves in winter? The pine keeps its needles all year.",
@@ -73,3 +80,54 @@ def save(folder, model, tokenizer):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def write(path, rows):
+    """A .jsonl file of these rows; returns its path as a string."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def run_program(module, argv, folder, before=None, processes=1):
+    """`python MODULE.py ARGV` in a forked child, which spares it five seconds of imports -> (exit status, stdout, stderr) of the first process.
+
+    `before` is called in the child first: what it patches is gone with the child. Exit status -9 is a kill -9. `processes`: so many
+    children that know of each other, as torchrun starts them.
+    """
+    files = [[Path(folder) / f"{name}{rank}.txt" for name in ("stdout", "stderr")] for rank in range(processes)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sys.stdout.flush(), sys.stderr.flush()
+    pids = []
+    for rank in range(processes):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            if processes > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+            _be_the_program(module, argv, files[rank], before)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    return statuses[0] or max(statuses, key=abs), *(file.read_text() for file in files[0])
+
+
+def _be_the_program(module, argv, files, before):
+    """The child's whole life; does not return."""
+    status = 1
+    try:
+        for number, file in zip((1, 2), files):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        sys.argv = [f"{module.__name__}.py", *argv]
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # of tests that ran before in this process
+        accelerate.state.GradientState._reset_state()
+        if before:
+            before()
+        formats.run(lambda: module.main(module.parse_args(argv)))
+    except SystemExit as stop:
+        status = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
