@@ -1,0 +1,206 @@
+"""Rows of every known shape become the same records; everything else is refused or counted, with its line."""
+
+import gzip
+import json
+import sys
+
+import pytest
+from tiny import SHARED_DATA
+
+from formats import InputError, Report, Unusable, choose_responses, parse_hh, read_records, read_rows, to_record
+
+ASK = [{"role": "user", "content": "Is the shop open?"}]
+SAY = lambda text: [{"role": "assistant", "content": text}]
+HH = "\n\nHuman: Is the shop open?\n\nAssistant:"
+
+
+def record(**row):
+    return to_record(row, "file:1")
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+PAIRS = {
+    "strings": dict(prompt="Is the shop open?", chosen="Until six.", rejected="Go away."),
+    "message lists beside a prompt": dict(prompt=ASK, chosen=SAY("Until six."), rejected=SAY("Go away.")),
+    "message lists with the prompt inside": dict(chosen=ASK + SAY("Until six."), rejected=ASK + SAY("Go away.")),
+    "a string prompt repeated inside the lists": dict(prompt="Is the shop open?", chosen=ASK + SAY("Until six."), rejected=ASK + SAY("Go away.")),
+    "HH transcripts": dict(chosen=HH + " Until six.", rejected=HH + " Go away."),
+    "HH prompt beside the answers": dict(prompt=HH, chosen="Until six.", rejected="Go away."),
+    "instruction without input": dict(instruction="Is the shop open?", input="", output="x", chosen="Until six.", rejected="Go away."),
+    "OffsetBias, label 1": dict(instruction="Is the shop open?", output_1="Until six.", output_2="Go away.", label=1),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_shape_of_a_pair_is_the_same_record(name):
+    """Prompt messages, two responses, the first preferred."""
+    r = record(**PAIRS[name])
+    assert (r.prompt, r.responses, r.chosen, r.rejected, r.scores) == (ASK, ["Until six.", "Go away."], 0, 1, None)
+
+
+def test_offsetbias_label_names_the_better_output():
+    """label 2 (a number or a string) prefers output_2; anything else is unusable."""
+    row = dict(instruction="a", output_1="one", output_2="two")
+    assert [record(**row, label=2).chosen, record(**row, label="2").chosen] == [1, 1]
+    with pytest.raises(Unusable):
+        record(**row, label=3)
+
+
+def test_input_is_put_below_the_instruction():
+    """instruction + input are one user turn."""
+    assert record(instruction="Translate.", input="chat", chosen="cat", rejected="dog").prompt[0]["content"] == "Translate.\n\nchat"
+
+
+def test_ultrafeedback_scores():
+    """Mean of the annotation ratings (strings, "N/A" is none), else fine-grained_score, else overall_score."""
+    rate = lambda *ratings: {str(i): {"Rating": r} for i, r in enumerate(ratings)}
+    completions = [
+        dict(response="a", annotations=rate("5", "N/A", "2"), overall_score=9), {"response": "b", "annotations": rate("N/A"), "fine-grained_score": 3.5, "overall_score": 9},
+        dict(response="c", annotations={}, overall_score="8"), dict(response="d"),
+    ]  # fmt: skip
+    r = record(instruction="q", completions=completions)
+    assert (r.responses, r.scores) == (["a", "b", "c", "d"], [3.5, 3.5, 8.0, None])
+
+
+def test_the_other_shapes():
+    """prompt/response (reward), prompt/responses/scores, prompt/completion/label, messages, score_chosen."""
+    r = record(prompt="q", response="a", reward="0.5")
+    assert (r.responses, r.scores) == (["a"], [0.5]) and record(prompt="q", response="a").scores is None
+    assert record(prompt="q", responses=["a", "b"], scores=[1, "nan"]).scores == [1.0, None]
+    assert [record(prompt="q", completion="a", label=v).desirable for v in (True, False, "true", 0)] == [[True], [False], [True], [False]]
+    r = record(messages=[{"role": "system", "content": "s"}, *ASK, *SAY("yes")])
+    assert [m["role"] for m in r.prompt] == ["system", "user"] and r.responses == ["yes"]
+    assert record(prompt="q", chosen="a", rejected="b", score_chosen=2, score_rejected="1").scores == [2.0, 1.0]
+
+
+def test_a_multi_turn_transcript_keeps_its_turns():
+    """Human and Assistant in turn; the last reply is the response."""
+    text = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant: four\n\nwith a paragraph"
+    r = record(chosen=text, rejected=text.replace("four", "five"))
+    assert [m["content"] for m in r.prompt] == ["one", "two", "three"] and r.responses[0] == "four\n\nwith a paragraph"
+
+
+def test_trap_13_transcripts_that_diverge_early_are_dropped():
+    """The last "Assistant:" of one must not cut the other."""
+    one, two = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "\n\nHuman: a\n\nAssistant: B\n\nHuman: c\n\nAssistant: e"
+    with pytest.raises(Unusable, match="different prompts"):
+        record(chosen=one, rejected=two)
+
+
+def test_trap_14_only_a_paragraph_start_marks_a_turn():
+    """"Human:" inside a line is text; no space after the colon is fine; two Human turns in a row are refused."""
+    assert parse_hh("\n\nHuman:hi\n\nAssistant: say Human: please\nHuman: again")[1]["content"] == "say Human: please\nHuman: again"
+    for bad in ("\n\nHuman: a\n\nHuman: b\n\nAssistant: c", "x\n\nHuman: a\n\nAssistant: b", "\n\nAssistant: a"):
+        with pytest.raises(Unusable, match="take turns"):
+            parse_hh(bad)
+
+
+def test_trap_15_plain_strings_without_a_prompt_are_refused():
+    """A common beginning is no prompt: ("Paris ", "London") has none."""
+    with pytest.raises(InputError, match="no prompt column"):
+        record(chosen="The sky", rejected="The sky is blue")
+
+
+def test_blank_responses_are_dropped_and_counted(tmp_path):
+    """With a stated preference the row goes, among several responses only the blank one."""
+    path = write(tmp_path / "a.jsonl", [dict(prompt="q", chosen=" \n", rejected="b"), dict(prompt="q", responses=["a", "  ", "c"], scores=[1, 2, 3])])
+    (r,) = read_records(path, report := Report())
+    assert r.responses == ["a", "c"] and r.scores == [1, 3] and sum(report.dropped.values()) == 2
+    assert report.first["an empty or blank response"] == "a.jsonl:1" and "dropped 1" in str(report)
+
+
+def test_choose_responses():
+    """all, chosen (stated, else best), best (by score, ties by file order), pairs (highest against lowest)."""
+    scored = record(prompt="q", responses=["a", "b", "c", "d"], scores=[1, 3, 3, 1])
+    assert [choose_responses(scored, mode) for mode in ("all", "chosen", "best", "pairs")] == [[0, 1, 2, 3], [1], [1], [1, 0]]
+    pair = record(prompt="q", chosen="a", rejected="b", score_chosen=1, score_rejected=2)
+    assert [choose_responses(pair, mode) for mode in ("chosen", "best", "pairs")] == [[0], [1], [0, 1]]
+    for row, mode in (
+        (dict(prompt="q", responses=["a", "b"], scores=[1, 1]), "pairs"), (dict(prompt="q", chosen="a", rejected="a "), "pairs"),
+        (dict(prompt="q", response="a"), "pairs"), (dict(prompt="q", completion="a", label=False), "chosen"), (dict(instruction="q", completions=[dict(response="a"), dict(response="b")]), "best"),
+    ):  # fmt: skip
+        with pytest.raises(Unusable):
+            choose_responses(record(**row), mode)
+    assert choose_responses(record(prompt="q", chosen="a", rejected="a"), "all") == [0, 1]  # equal texts matter only as a pair
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "lines.json", "bom.jsonl", "parquet", "saved"])
+def test_every_kind_of_file(tmp_path, kind):
+    """The same rows from lines, gzip, an array, lines called .json, a byte order mark, parquet, a folder saved by datasets."""
+    rows = [PAIRS["strings"], PAIRS["strings"] | {"prompt": "Ünïcode 🙂"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path = tmp_path / f"data.{kind}"
+    if kind in ("parquet", "saved"):
+        data = pytest.importorskip("datasets").Dataset.from_list(rows)
+        data.to_parquet(path) if kind == "parquet" else data.save_to_disk(path)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(json.dumps(rows) if kind == "json" else text, encoding="utf-8-sig" if "bom" in kind else "utf-8")
+    got = list(read_rows(str(path)))
+    assert [row["prompt"] for _, row in got] == ["Is the shop open?", "Ünïcode 🙂"] and got[1][0].endswith(":2")
+
+
+def test_a_saved_dataset_dict_needs_its_split(tmp_path):
+    """The splits there are named."""
+    datasets = pytest.importorskip("datasets")
+    datasets.DatasetDict(train=datasets.Dataset.from_list([PAIRS["strings"]])).save_to_disk(tmp_path / "d")
+    assert len(list(read_rows(str(tmp_path / "d")))) == 1
+    with pytest.raises(InputError, match="no split 'test'; it has train"):
+        list(read_rows(str(tmp_path / "d"), "test"))
+
+
+@pytest.mark.parametrize(
+    "name, text, named",
+    [
+        ("a.jsonl", '{"prompt": "q"}\n{"prompt": \n', "a.jsonl:2"), ("a.json", "[{]", "a.json:1"), ("a.jsonl", '{"foo": 1, "bar": 2}\n', "a.jsonl:1.*bar, foo"),
+        ("a.jsonl", "", "no usable row"), ("a.jsonl", '{"prompt": "q", "chosen": " ", "rejected": "b"}\n', "no usable row among 1.*blank"),
+        ("a.jsonl", "[1, 2]", "a.jsonl:1.*int"), ("a.txt", "x", "unknown file type"), ("a.jsonl", '{"prompt": "q", "chosen": "a"}\n', "a.jsonl:1.*chosen, prompt"),
+    ],
+)  # fmt: skip
+def test_file_faults_name_file_line_and_remedy(tmp_path, name, text, named):
+    """Malformed lines, unknown columns, no usable row, unknown endings."""
+    (tmp_path / name).write_text(text)
+    if named == "a.jsonl:2":
+        text = (tmp_path / name).write_text('{"prompt": "q", "response": "a"}\n{"prompt": \n')
+    with pytest.raises(InputError, match=named):
+        list(read_records(str(tmp_path / name), Report()))
+
+
+def test_missing_files_and_the_missing_package_are_clear(tmp_path, monkeypatch):
+    """No such file; a hub name or a saved folder without `datasets`; a broken gzip."""
+    for path in ("nowhere.jsonl", "./x", "a/b/c", "/no/such"):
+        with pytest.raises(InputError, match="no such file"):
+            list(read_rows(path))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for path in ("someone/something", str(tmp_path)):
+        with pytest.raises(InputError, match="pip install datasets"):
+            list(read_rows(path))
+    (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip")
+    with pytest.raises(InputError, match="a.jsonl.gz"):
+        list(read_rows(str(tmp_path / "a.jsonl.gz")))
+
+
+def test_strict_stops_at_the_first_unusable_row(tmp_path):
+    """--strict names the row; null columns and odd messages are unusable rows, not unknown files."""
+    rows = [PAIRS["strings"], PAIRS["strings"] | {"chosen": None}, PAIRS["strings"] | {"chosen": [{"role": "robot", "content": "x"}]}]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert len(list(read_records(path, report := Report()))) == 1 and sum(report.dropped.values()) == 2
+    with pytest.raises(InputError, match="a.jsonl:2.*--strict"):
+        list(read_records(path, Report(strict=True)))
+
+
+@pytest.mark.parametrize(
+    "name, records",
+    [("truthfulqa_pairs.jsonl", 5440), ("truthfulqa_ultrafeedback.jsonl", 680), ("piqa_pairs.jsonl", 1445), ("instruction_preference.json", 1100), ("hh_helpful_base.jsonl.gz", 1198), ("vicuna_scored.jsonl", 40)],
+)  # fmt: skip
+def test_real_files_are_read_whole(name, records):
+    """Only two rows of HH fall out, for an empty last reply."""
+    if not (SHARED_DATA / name).exists():
+        pytest.skip(f"{SHARED_DATA / name} is not here")
+    assert len(list(read_records(str(SHARED_DATA / name), report := Report()))) == records
+    assert sum(report.dropped.values()) == (2 if "hh" in name else 0)
