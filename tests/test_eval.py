@@ -231,7 +231,7 @@ def scored(world, generated):
     """`python eval.py reward` on two files: one of three seeds, one of a single seed."""
     one = world.folder / "one_seed.jsonl"
     one.write_text("".join(json.dumps(row) + "\n" for row in generated.rows if row["seed"] == 1))
-    out = world.folder / "reward.json"
+    out = world.folder / "new" / "reward.json"
     done = python_eval("reward", "--gen", generated.out, "--gen", one, "--reward_model", world.judge, "--out", out, "--batch_size", 5)
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(out=json.loads(out.read_text()), three=str(generated.out), one=str(one), printed=done.stdout)

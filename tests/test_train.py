@@ -600,6 +600,10 @@ BAD_INPUT = {
     "a missing column": (dict(data="columns.jsonl"), ["columns.jsonl:1", "unknown format", "answer, question", "prompt/chosen/rejected"]),
     "an unknown file type": (dict(data="table.csv"), ["table.csv", "unknown file type", ".jsonl"]),
     "no usable row": (dict(data="blank.jsonl"), ["blank.jsonl", "no usable row among 2", "2 x an empty or blank response"]),
+    "half of a surrogate pair": (dict(data="surrogate.jsonl"), ["surrogate.jsonl", "no usable row among 1", "not valid Unicode"]),
+    "a folder that datasets did not save": (dict(data="missing"), ["missing", "not a folder saved by `datasets`"]),
+    "a broken parquet file": (dict(data="broken.parquet"), ["broken.parquet", "not a readable parquet file"]),
+    "an OUT that is a file": (dict(output_dir="torn.jsonl"), ["torn.jsonl: is a file", "--output_dir"]),
     "an empty file": (dict(data="empty.jsonl"), ["empty.jsonl", "no usable row"]),
     "no such file": (dict(data="missing.jsonl"), ["missing.jsonl", "no such file"]),
     "an unusable row under --strict": (dict(data="one_blank.jsonl", more="--strict"), ["one_blank.jsonl:2", "blank", "--strict"]),
@@ -628,6 +632,8 @@ def bad_files(world):
     write(folder / "blank.jsonl", [good | {"chosen": " "}, good | {"rejected": "\n"}])
     write(folder / "one_blank.jsonl", [good, good | {"chosen": " "}])
     (folder / "empty.jsonl").write_text("")
+    write(folder / "surrogate.jsonl", [good | {"chosen": "in the \ud83d hall"}])
+    (folder / "broken.parquet").write_text("PAR1")
     (folder / "missing").mkdir()
     tokenizer = bpe_tokenizer()
     save(folder / "two", reward_model(vocab_size=len(tokenizer), num_labels=2), tokenizer)
@@ -638,6 +644,8 @@ def bad_files(world):
 def test_bad_input_stops_at_once_with_one_clear_line(world, bad_files, case):
     if "dvclive" in case and importlib.util.find_spec("dvclive"):
         pytest.skip("dvclive is installed")
+    if case in ("a folder that datasets did not save", "a broken parquet file"):
+        pytest.importorskip("datasets")
     flags, words = dict(BAD_INPUT[case][0]), BAD_INPUT[case][1]
     more = flags.pop("more", "")
     flags = {k: v if k in ("eval_fraction", "tracker") else bad_files / v for k, v in flags.items()}
