@@ -319,6 +319,8 @@ def reward(args):
                 raise InputError(
                     f"{path}:{i}: prompt must be a list of messages and response a text; --gen takes files that `eval.py generate` wrote"
                 )
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(args.reward_model, args.trust_remote_code)
     model = load_reward_model(args.reward_model, args.reward_dtype, args.attn_implementation, args.trust_remote_code)
     model = bind_scores(model.to(make_accelerator().device))

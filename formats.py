@@ -95,7 +95,10 @@ def read_rows(source, split="train"):
     """Yield (where, row) for every row of a file, a folder saved by `datasets`, or a hub dataset. `where` is "file:row", rows from 1."""
     name = os.path.basename(os.fspath(source).rstrip("/"))
     if os.path.isdir(source):
-        data = _import_datasets(source).load_from_disk(source)
+        try:
+            data = _import_datasets(source).load_from_disk(source)
+        except OSError as error:
+            raise InputError(f"{source}: not a folder saved by `datasets` ({error})") from None
         if hasattr(data, "keys"):  # a DatasetDict
             if split not in data:
                 raise InputError(f"{source}: no split {split!r}; it has {', '.join(data)}; choose one with --split")
@@ -109,7 +112,10 @@ def read_rows(source, split="train"):
                 import pyarrow.parquet as parquet
             except ImportError:
                 raise InputError(f"{source}: .parquet files need the optional package `datasets`: pip install datasets") from None
-            batches = parquet.ParquetFile(source).iter_batches(1024)
+            try:
+                batches = parquet.ParquetFile(source).iter_batches(1024)
+            except (OSError, ValueError) as error:
+                raise InputError(f"{source}: not a readable parquet file ({error})") from None
             yield from ((f"{name}:{i}", row) for i, row in enumerate((r for b in batches for r in b.to_pylist()), 1))
         else:
             raise InputError(f"{source}: unknown file type; known are .jsonl, .jsonl.gz, .json, .parquet and a folder saved by `datasets`")
@@ -177,8 +183,12 @@ def read_records(source, report, split="train"):
             raise InputError(f"{where}: a row must be an object with named columns, got {type(row).__name__}")
         try:
             record = _without_blank_responses(to_record(row, where), report)
+            "".join([m["content"] for m in record.prompt] + record.responses).encode()
         except Unusable as reason:
             report.drop(str(reason), where)
+            continue
+        except UnicodeEncodeError:
+            report.drop("text that is not valid Unicode (half of a surrogate pair)", where)
             continue
         usable += 1
         yield record

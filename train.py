@@ -230,6 +230,8 @@ def check_weights(tables, needed, args, say):
 def check_run(args, about, out):
     """InputError if OUT holds another run, or this one without --resume. -> True if it holds this one, finished."""
     file = out / "run.json"
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; --output_dir names a folder")
     if not file.exists():
         if (out / "config.json").exists():
             raise InputError(f"{out}: already holds a model, which this run would replace; choose another --output_dir")

@@ -212,11 +212,11 @@ def test_a_bidirectional_reward_model_is_noticed_in_16_bits_too(world):
     model, tokenizer = load_reward_model(str(world / "judge_gemma3_text"), "bfloat16"), transformers.AutoTokenizer.from_pretrained(world / "judge_gemma3_text")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     x, y = example([3] * 5, [4] * 200, "Which tree keeps its leaves? " * 4), example([3], [4] * 200, "The pine keeps its needles all year.")
-    expected = score_alone(model, tokenizer, x, y)
+    expected = [score_alone(model, tokenizer, x, x), score_alone(model, tokenizer, x, y)]
     scorer = reward_scorer(model, tokenizer, 4, 2048)
     with torch.no_grad():
-        assert scorer([(x, y)]) == pytest.approx([expected], abs=0.05)  # the first call is the one that compares
-        assert scorer([(x, y)]) == pytest.approx([expected], abs=0.05)
+        assert scorer([(x, x), (x, y)]) == pytest.approx(expected, abs=0.05)  # the first call is the one that compares
+        assert scorer([(x, x), (x, y)]) == pytest.approx(expected, abs=0.05)
 
 
 def test_a_policy_whose_cache_cannot_be_repeated_is_scored_by_full_forwards(world, tmp_path, capsys):
@@ -226,6 +226,19 @@ def test_a_policy_whose_cache_cannot_be_repeated_is_scored_by_full_forwards(worl
     tables, plan = build(tmp_path / "t.safetensors", world, {"rewards": None, "ref_logps": "all"}, policy=tmp_path / "linear", batch_size=2, data="scored", partners="group")
     assert re.search(r"note: Qwen3_5\w+ .*using full forwards", capsys.readouterr().out)
     assert cells(tables.ref_logps, plan) == pytest.approx(naive_ref_logps(tmp_path / "linear", plan), abs=2e-3)
+
+
+def test_each_prompt_is_run_once_for_all_its_responses(world, whole):
+    """Tokens that go through the model for one prompt with three responses: the prompt, then the responses padded to the longest. Full forwards would be three prompts."""
+    plan, tokenizer, seen = whole.plan, transformers.AutoTokenizer.from_pretrained(world / "llama"), []
+    model = load_policy(str(world / "llama")).eval()
+    scorer, (x, *ys) = ref_scorer(model, tokenizer, 4), plan.examples[4:8]
+    with torch.no_grad():
+        scorer([(x, y) for y in ys])  # compares with full forwards
+        model.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
+        scorer([(x, y) for y in ys])
+    assert len({tuple(y.response_ids) for y in ys}) == 3
+    assert sum(seen) == len(x.prompt_ids) + 3 * max(len(y.response_ids) for y in ys)
 
 
 def test_equal_texts_are_scored_once(world, whole, monkeypatch):
@@ -644,8 +657,16 @@ def test_the_command_prints_the_cost_and_what_beta_does(many, typed):
     assert finite(held_out_file["rewards"]) == finite(held_out_file["ref_logps"]) == list(range(11))
 
 
+def test_the_minutes_are_the_time_of_one_micro_batch_scaled_by_its_tokens(world, tmp_path, monkeypatch, capsys):
+    """A clock that says one minute for the first micro-batch: the estimate is its tokens' share of all tokens, turned over."""
+    monkeypatch.setattr(tables_file, "time", SimpleNamespace(perf_counter=iter([0.0, 60.0]).__next__))
+    _, plan = build(tmp_path / "t.safetensors", world, {"rewards": None, "ref_logps": "all"}, **FEW)
+    tokens = [sum(len(plan.examples[i].prompt_ids) + 2 * len(plan.examples[i].response_ids) for i in batch) for batch in plan.batches]
+    assert f"{sum(tokens):,} forward tokens (each prompt once, every response), about {sum(tokens) / tokens[0]:.1f} minutes" in capsys.readouterr().out
+
+
 def by_hand(rewards, ref_logps, lengths, beta, mode):
-    """[mean effective sample size, mean self_share] with exponentials written out, in float64 and shifted so that none overflows."""
+    """[mean effective sample size, mean self_share], Algorithm 1 lines 5-6 with exponentials written out, in float64 and shifted so that none overflows."""
     ess, share = [], []
     for r, logp, tokens in zip(rewards.double().tolist(), ref_logps.double().tolist(), lengths.tolist()):
         B = len(r)
@@ -689,7 +710,8 @@ def test_a_process_that_comes_late_agrees_on_who_measures_what(world, tmp_path, 
     monkeypatch.setattr(tables_file, "PIECE", 1)
     args = tables_file.parse_args(arguments(world))
     tokenizer, reward_tokenizer, plan, _ = load_plan(args, "all", show=False)
-    models, barrier, results = [load_policy(args.model) for _ in range(2)], threading.Barrier(2, timeout=60), {}
+    models, barrier, results, parts = [load_policy(args.model) for _ in range(2)], threading.Barrier(2, timeout=60), {}, []
+    monkeypatch.setattr(tables_file, "save_file", lambda tensors, path, **more: parts.append(path) or save_file(tensors, path, **more))
     monkeypatch.setattr(tables_file, "load_policy", lambda *_: models.pop())
     monkeypatch.setattr(tables_file, "release", lambda *_: None)
 
@@ -703,6 +725,7 @@ def test_a_process_that_comes_late_agrees_on_who_measures_what(world, tmp_path, 
     late.start()
     early.join(), late.join()
     assert finite(results[0].ref_logps) == finite(results[1].ref_logps) == finite(load_file(tmp_path / "t.safetensors")["ref_logps"]) == list(range(6))
+    assert len(parts) == len(set(map(str, parts))) == 6 + 1  # no piece by both, and the whole file by one
 
 
 # ----------------------------------------------------------------------------------------------------------------------
