@@ -40,60 +40,25 @@ PLAIN_TEMPLATE = (
 )
 
 
+# fmt: off
 def add_data_flags(parser, responses="all"):
     """The flags of every program that reads preference data. `responses`: the default, in words."""
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data",
-        nargs="+",
-        metavar="SOURCE",
-        help="preference files (.jsonl, .jsonl.gz, .json, .parquet), folders saved by `datasets`, or hub names (NAME or NAME:FOLDER); see formats.py for the shapes",
-    )
+    group.add_argument("--data", nargs="+", metavar="SOURCE", help="preference files (.jsonl, .jsonl.gz, .json, .parquet), folders saved by `datasets`, or hub names (NAME or NAME:FOLDER); see formats.py for the shapes")
     group.add_argument("--split", default="train", help="split of a hub dataset or a saved DatasetDict (default: %(default)s)")
-    group.add_argument(
-        "--responses", choices=["all", "chosen", "best", "pairs"], help=f"which responses of a row are used (default: {responses})"
-    )
-    group.add_argument(
-        "--max_prompt_tokens",
-        type=int,
-        default=512,
-        metavar="N",
-        help="longer prompts are cut from the left, in tokens (default: %(default)s; not stated in the paper)",
-    )
-    group.add_argument(
-        "--max_response_tokens",
-        type=int,
-        default=512,
-        metavar="N",
-        help="longer responses are cut from the right, in tokens (default: %(default)s; not stated in the paper)",
-    )
+    group.add_argument("--responses", choices=["all", "chosen", "best", "pairs"], help=f"which responses of a row are used (default: {responses})")
+    group.add_argument("--max_prompt_tokens", type=int, default=512, metavar="N", help="longer prompts are cut from the left, in tokens (default: %(default)s; not stated in the paper)")
+    group.add_argument("--max_response_tokens", type=int, default=512, metavar="N", help="longer responses are cut from the right, in tokens (default: %(default)s; not stated in the paper)")
     group.add_argument("--strict", action="store_true", help="stop at the first unusable row instead of dropping and counting it")
 
 
 def add_plan_flags(parser):
     """What composes the micro-batches: train.py and tables.py must agree on it."""
     group = parser.add_argument_group("batch plan")
-    group.add_argument(
-        "--batch_size",
-        type=int,
-        default=8,
-        metavar="B",
-        help="examples in ONE micro-batch on one device; it sets Zhat, and nothing else enlarges it (default: %(default)s; paper: 8)",
-    )
-    group.add_argument(
-        "--partners",
-        choices=["batch", "group"],
-        default="batch",
-        help="whose responses share a micro-batch: other prompts' (the paper), or those of one prompt (default: %(default)s)",
-    )
+    group.add_argument("--batch_size", type=int, default=8, metavar="B", help="examples in ONE micro-batch on one device; it sets Zhat, and nothing else enlarges it (default: %(default)s; paper: 8)")
+    group.add_argument("--partners", choices=["batch", "group"], default="batch", help="whose responses share a micro-batch: other prompts' (the paper), or those of one prompt (default: %(default)s)")
     group.add_argument("--eval_data", nargs="+", metavar="SOURCE", help="held-out preference data")
-    group.add_argument(
-        "--eval_fraction",
-        type=float,
-        default=0.0,
-        metavar="F",
-        help="without --eval_data: share of the prompts held out (default: %(default)s)",
-    )
+    group.add_argument("--eval_fraction", type=float, default=0.0, metavar="F", help="without --eval_data: share of the prompts held out (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="composition and order of the micro-batches, generation (default: %(default)s)")
 
 
@@ -102,32 +67,15 @@ def add_loading_flags(parser, policy=True, reward=True):
     group = parser.add_argument_group("loading models")
     dtypes = ["float32", "bfloat16", "float16", "auto"]
     if policy:
-        group.add_argument(
-            "--dtype",
-            choices=dtypes,
-            default="float32",
-            help="weights of policy and reference; to train, keep float32: smaller types lose small updates (default: %(default)s)",
-        )
+        group.add_argument("--dtype", choices=dtypes, default="float32", help="weights of policy and reference; to train, keep float32: smaller types lose small updates (default: %(default)s)")
     if reward:
-        group.add_argument(
-            "--reward_dtype",
-            choices=dtypes,
-            default="auto",
-            help="weights of the reward model; auto = as its checkpoint is stored (default: %(default)s)",
-        )
-        group.add_argument(
-            "--max_reward_tokens",
-            type=int,
-            default=2048,
-            metavar="N",
-            help="longer conversations are cut from the left for the reward model, in tokens (default: %(default)s)",
-        )
-    group.add_argument(
-        "--attn_implementation",
-        metavar="NAME",
-        help="attention kernel: sdpa, eager, flash_attention_2, ... (default: transformers chooses)",
-    )
+        group.add_argument("--reward_dtype", choices=dtypes, default="auto", help="weights of the reward model; auto = as its checkpoint is stored (default: %(default)s)")
+        group.add_argument("--max_reward_tokens", type=int, default=2048, metavar="N", help="longer conversations are cut from the left for the reward model, in tokens (default: %(default)s)")
+    group.add_argument("--attn_implementation", metavar="NAME", help="attention kernel: sdpa, eager, flash_attention_2, ... (default: transformers chooses)")
     group.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a model; off unless given")
+
+
+# fmt: on
 
 
 # ----------------------------------------------------------------------------------------------------------------------

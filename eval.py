@@ -26,6 +26,7 @@ from formats import InputError, Report, Unusable, choose_responses, read_records
 PAPER = {"temperature": 0.8, "top_p": 0.9, "top_k": 50}
 
 
+# fmt: off
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Generate responses with the paper's sampling settings; score them with a reward model (Sec. 4.1)."
@@ -34,52 +35,24 @@ def parse_args(argv=None):
     text = "sample one response per prompt and seed into a JSONL file; a re-run fills in what is missing"
     generate = commands.add_parser("generate", help=text, description=text)
     generate.add_argument("--model", required=True, help="folder or hub name")
-    generate.add_argument(
-        "--data",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="[NAME=]SOURCE",
-        help="prompts to answer: any source train.py reads; NAME becomes the subset (default: the file's name)",
-    )
+    generate.add_argument("--data", nargs="+", action="extend", required=True, metavar="[NAME=]SOURCE", help="prompts to answer: any source train.py reads; NAME becomes the subset (default: the file's name)")
     generate.add_argument("--split", default="train", help="split of a hub dataset or a saved DatasetDict (default: %(default)s)")
     generate.add_argument("--out", required=True, metavar="FILE", help="the JSONL file to write or to complete")
-    generate.add_argument(
-        "--seeds", default="0", help="comma-separated; one response per prompt and seed (default: %(default)s; paper: three seeds)"
-    )
+    generate.add_argument("--seeds", default="0", help="comma-separated; one response per prompt and seed (default: %(default)s; paper: three seeds)")
     generate.add_argument("--limit", type=int, metavar="N", help="only the first N prompts of each subset (default: all)")
-    generate.add_argument(
-        "--batch_size", type=int, default=16, help="prompts per batch; changes the speed, not the responses (default: %(default)s)"
-    )
-    generate.add_argument(
-        "--max_prompt_tokens", type=int, default=512, metavar="N", help="longer prompts are cut from the left (default: %(default)s)"
-    )
-    generate.add_argument(
-        "--max_response_tokens",
-        type=int,
-        default=512,
-        metavar="N",
-        help="longest response, in tokens (default: %(default)s; not stated in the paper)",
-    )
+    generate.add_argument("--batch_size", type=int, default=16, help="prompts per batch; changes the speed, not the responses (default: %(default)s)")
+    generate.add_argument("--max_prompt_tokens", type=int, default=512, metavar="N", help="longer prompts are cut from the left (default: %(default)s)")
+    generate.add_argument("--max_response_tokens", type=int, default=512, metavar="N", help="longest response, in tokens (default: %(default)s; not stated in the paper)")
     generate.add_argument("--temperature", type=float, default=PAPER["temperature"], help="0 is greedy (default: %(default)s, the paper's)")
-    generate.add_argument(
-        "--top_p",
-        type=float,
-        default=PAPER["top_p"],
-        help="smallest set of tokens with this share (default: %(default)s, the paper's; 1 = off)",
-    )
-    generate.add_argument(
-        "--top_k", type=int, default=PAPER["top_k"], help="likeliest k tokens (default: %(default)s, the paper's; 0 = off)"
-    )
+    generate.add_argument("--top_p", type=float, default=PAPER["top_p"], help="smallest set of tokens with this share (default: %(default)s, the paper's; 1 = off)")
+    generate.add_argument("--top_k", type=int, default=PAPER["top_k"], help="likeliest k tokens (default: %(default)s, the paper's; 0 = off)")
     add_loading_flags(generate, reward=False)
     text = "score generated responses with a reward model: means per subset, macro averages, standard errors over seeds"
     reward = commands.add_parser("reward", help=text, description=text)
     reward.add_argument("--gen", action="append", required=True, metavar="FILE", help="a file that generate wrote; several make one table")
     reward.add_argument("--reward_model", required=True, help="one-label sequence classifier, folder or hub name")
     reward.add_argument("--out", metavar="FILE", help="also write the numbers as JSON")
-    reward.add_argument(
-        "--batch_size", type=int, default=32, help="conversations per forward; changes the speed, not the scores (default: %(default)s)"
-    )
+    reward.add_argument("--batch_size", type=int, default=32, help="conversations per forward; changes the speed, not the scores (default: %(default)s)")
     add_loading_flags(reward, policy=False)
     args = parser.parse_args(argv)
     if args.command == "generate":
@@ -103,6 +76,9 @@ def parse_args(argv=None):
         if value is not None and not value >= low:
             parser.error(f"--{name} must be at least {low}, got {value}")
     return args
+
+
+# fmt: on
 
 
 if __name__ == "__main__":

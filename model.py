@@ -116,17 +116,19 @@ def mixed_precision():
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
 
 
-def make_accelerator(**more):
-    """An Accelerator whose collectives may wait long: tables of processes with unequal work, or one process that writes a checkpoint.
+def make_accelerator(tracker=None, folder=None):
+    """An Accelerator whose collectives may wait long: for tables of unequal work, for one process that writes a checkpoint.
 
-    `torchrun --nproc_per_node 2` works without a GPU too; left to itself, accelerate would run two programs that know nothing of each other.
+    InputError: a tracker that is unknown or not installed.
     """
-    patience, processes = InitProcessGroupKwargs(timeout=timedelta(hours=24)), int(os.environ.get("WORLD_SIZE", 1))
-    cpu = processes > 1 and not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision(), kwargs_handlers=[patience], **more)
-    if accelerator.num_processes != processes:
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision(), kwargs_handlers=[patience], log_with=tracker, project_dir=folder)
+    except ValueError as error:
+        raise InputError(f"--tracker {tracker}: {error}") from None
+    if tracker and not accelerator.log_with:
         raise InputError(
-            f"{processes} processes were launched, but accelerate sees {accelerator.num_processes}; they would write over each other"
+            f"--tracker {tracker}: not installed; pip install {tracker}, or leave the flag out (metrics.jsonl is always written)"
         )
     return accelerator
 

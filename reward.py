@@ -32,6 +32,7 @@ from data import (
 from formats import InputError, Unusable, run
 
 
+# fmt: off
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Train a reward model on preference pairs (Bradley-Terry, Eq. 1), or measure how often it prefers the chosen response."
@@ -39,27 +40,16 @@ def parse_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|accuracy")
     for name, text in (("train", "fit a reward model"), ("accuracy", "share of pairs whose chosen response scores higher, ties apart")):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument(
-            "--model", required=True, help="train: any model, its body is the start; accuracy: a reward model (folder or hub name)"
-        )
-        command.add_argument(
-            "--batch_size",
-            type=int,
-            default=32,
-            help="pairs per optimizer step over all processes; for accuracy, conversations per forward (default: %(default)s)",
-        )
+        command.add_argument("--model", required=True, help="train: any model, its body is the start; accuracy: a reward model (folder or hub name)")
+        command.add_argument("--batch_size", type=int, default=32, help="pairs per optimizer step over all processes; for accuracy, conversations per forward (default: %(default)s)")
         if name == "train":
             command.add_argument("--output_dir", required=True, help="where the reward model is written")
             command.add_argument("--eval_data", nargs="+", metavar="SOURCE", help="pairs whose accuracy is printed after training")
             command.add_argument("--epochs", type=float, default=1.0, help="passes over the pairs (default: %(default)s)")
             command.add_argument("--lr", type=float, default=1e-5, help="peak learning rate of AdamW (default: %(default)s)")
-            command.add_argument(
-                "--warmup_ratio", type=float, default=0.03, help="share of the steps with rising learning rate (default: %(default)s)"
-            )
+            command.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps with rising learning rate (default: %(default)s)")
             command.add_argument("--weight_decay", type=float, default=0.0, help="of AdamW, matrices only (default: %(default)s)")
-            command.add_argument(
-                "--max_grad_norm", type=float, default=1.0, help="gradients are scaled down to this norm (default: %(default)s)"
-            )
+            command.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are scaled down to this norm (default: %(default)s)")
             command.add_argument("--seed", type=int, default=0, help="order of the pairs and the fresh head (default: %(default)s)")
         else:
             command.add_argument("--out", metavar="FILE", help="also write the numbers as JSON")
@@ -74,6 +64,9 @@ def parse_args(argv=None):
         if not getattr(args, name, 1) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
     return args
+
+
+# fmt: on
 
 
 if __name__ == "__main__":

@@ -32,19 +32,14 @@ from data import add_data_flags, add_loading_flags, add_plan_flags, check_model_
 from formats import InputError, run
 
 
+# fmt: off
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Measure r(x_i, y_j) and log pi_ref(y_j | x_i) for every micro-batch (Algorithm 1 lines 3-5) and store them in one safetensors file."
     )
     parser.add_argument("--model", required=True, help="the policy, folder or hub name: its tokenizer makes the plan")
-    parser.add_argument(
-        "--ref_model", metavar="MODEL", help="the reference pi_ref, folder or hub name, with the policy's tokenizer (default: --model)"
-    )
-    parser.add_argument(
-        "--reward_model",
-        metavar="MODEL",
-        help="one-label sequence classifier, folder or hub name; may be left out with --partners group if every response of the data has a score",
-    )
+    parser.add_argument("--ref_model", metavar="MODEL", help="the reference pi_ref, folder or hub name, with the policy's tokenizer (default: --model)")
+    parser.add_argument("--reward_model", metavar="MODEL", help="one-label sequence classifier, folder or hub name; may be left out with --partners group if every response of the data has a score")
     parser.add_argument("--out", default="tables.safetensors", metavar="FILE", help="the file to write (default: %(default)s)")
     add_data_flags(parser)
     add_plan_flags(parser)
@@ -53,12 +48,13 @@ def parse_args(argv=None):
     if not args.data:
         parser.error("--data is required")
     if args.batch_size < 2:
-        parser.error(
-            f"--batch_size {args.batch_size}: with a single response in the micro-batch the reward cancels out of Zhat; use at least 2"
-        )
+        parser.error(f"--batch_size {args.batch_size}: with a single response in the micro-batch the reward cancels out of Zhat; use at least 2")
     if args.max_reward_tokens < 1:
         parser.error(f"--max_reward_tokens must be above 0, got {args.max_reward_tokens}")
     return args
+
+
+# fmt: on
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from data import add_data_flags, add_loading_flags, add_plan_flags, check_model_
 from formats import InputError, run
 
 
+# fmt: off
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Train a policy with VAR (Algorithm 1) or plain SFT. Without --model and --data: VAR on the miniature world, with its own settings."
@@ -36,81 +37,29 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what").add_argument
     add("--model", help="the policy to train, folder or hub name")
     add("--ref_model", help="the reference pi_ref (default: --model before any update, as in the paper)")
-    add(
-        "--reward_model",
-        help="r(x, y): a one-label sequence classifier, folder or hub name. Scores in the data can replace it with --estimator constant or --partners group",
-    )
+    add("--reward_model", help="r(x, y): a one-label sequence classifier, folder or hub name. Scores in the data can replace it with --estimator constant or --partners group")
     add("--output_dir", default="runs/var", help="where everything is written (default: %(default)s)")
-    add(
-        "--tables",
-        metavar="FILE",
-        help="the tables of Algorithm 1 lines 3-5; built if missing, checked if there (default: OUTPUT_DIR/tables.safetensors)",
-    )
+    add("--tables", metavar="FILE", help="the tables of Algorithm 1 lines 3-5; built if missing, checked if there (default: OUTPUT_DIR/tables.safetensors)")
     add("--loss", choices=["var", "sft"], default="var", help="default: %(default)s")
     add_data_flags(parser, responses="all for var, chosen for sft")
     add_plan_flags(parser)
     add = parser.add_argument_group("weights (var)").add_argument
-    add(
-        "--beta",
-        type=float,
-        default=1.0,
-        help="temperature of exp(r/beta), in units of the raw reward (default: %(default)s; not stated in the paper)",
-    )
-    add(
-        "--estimator",
-        choices=["paper", "monte_carlo", "constant"],
-        default="paper",
-        help="Zhat: Sec. 3.2 verbatim, without its pi_ref factor, or 1 (default: %(default)s)",
-    )
-    add(
-        "--ref_logps",
-        choices=["mean", "sum"],
-        default="mean",
-        help="log pi_ref in Zhat: per-token mean, or the sum, which is the paper to the letter and overflows on long texts (default: %(default)s)",
-    )
+    add("--beta", type=float, default=1.0, help="temperature of exp(r/beta), in units of the raw reward (default: %(default)s; not stated in the paper)")
+    add("--estimator", choices=["paper", "monte_carlo", "constant"], default="paper", help="Zhat: Sec. 3.2 verbatim, without its pi_ref factor, or 1 (default: %(default)s)")
+    add("--ref_logps", choices=["mean", "sum"], default="mean", help="log pi_ref in Zhat: per-token mean, or the sum, which is the paper to the letter and overflows on long texts (default: %(default)s)")
     add("--normalize_weights", action="store_true", help="divide the weights of a micro-batch by their mean (not in the paper)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=float, default=1e-5, help="peak learning rate of AdamW (default: %(default)s; paper: 1e-5 and 5e-6)")
     add("--epochs", type=float, default=2.0, help="passes over the micro-batches (default: %(default)s; paper: 2)")
-    add(
-        "--max_steps",
-        type=int,
-        metavar="N",
-        help="stop after N optimizer steps; only their micro-batches are measured (default: as many as --epochs needs)",
-    )
+    add("--max_steps", type=int, metavar="N", help="stop after N optimizer steps; only their micro-batches are measured (default: as many as --epochs needs)")
     add("--accum", type=int, metavar="G", help="micro-batches per optimizer step, over all processes (default: one per process)")
-    add(
-        "--warmup_ratio",
-        type=float,
-        default=0.03,
-        help="share of the steps in which the rate rises; then a cosine to zero (default: %(default)s; paper: cosine)",
-    )
+    add("--warmup_ratio", type=float, default=0.03, help="share of the steps in which the rate rises; then a cosine to zero (default: %(default)s; paper: cosine)")
     add("--weight_decay", type=float, default=0.0, help="of AdamW, matrices only (default: %(default)s; not stated in the paper)")
-    add(
-        "--max_grad_norm",
-        type=float,
-        default=1.0,
-        help="gradients are scaled down to this norm (default: %(default)s; not stated in the paper)",
-    )
-    add(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="keep one activation per layer and compute the others again: less memory, a third more time",
-    )
+    add("--max_grad_norm", type=float, default=1.0, help="gradients are scaled down to this norm (default: %(default)s; not stated in the paper)")
+    add("--gradient_checkpointing", action="store_true", help="keep one activation per layer and compute the others again: less memory, a third more time")
     add = parser.add_argument_group("along the way").add_argument
-    add(
-        "--eval_every",
-        type=int,
-        metavar="N",
-        help="held-out loss and generations every N steps and at the end (default: five times a run, if anything is held out)",
-    )
-    add(
-        "--eval_prompts",
-        type=int,
-        default=32,
-        metavar="N",
-        help="held-out prompts answered each time, one process only; 0 = none (default: %(default)s)",
-    )
+    add("--eval_every", type=int, metavar="N", help="held-out loss and generations every N steps and at the end (default: five times a run, if anything is held out)")
+    add("--eval_prompts", type=int, default=32, metavar="N", help="held-out prompts answered each time, one process only; 0 = none (default: %(default)s)")
     add("--save_every", type=int, default=500, metavar="N", help="steps between checkpoints for --resume; 0 = none (default: %(default)s)")
     add("--keep", type=int, default=1, metavar="N", help="how many checkpoints stay on disk (default: %(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR (or from the start if there is none)")
@@ -133,12 +82,13 @@ def parse_args(argv=None):
     if args.warmup_ratio > 1:
         parser.error(f"--warmup_ratio is a share of the steps, from 0 to 1, got {args.warmup_ratio}")
     if args.loss == "var" and args.estimator != "constant" and args.batch_size < 2:
-        parser.error(
-            f"--batch_size {args.batch_size}: with a single response in the micro-batch the reward cancels out of Zhat; use 2 or more, or --estimator constant"
-        )
+        parser.error(f"--batch_size {args.batch_size}: with a single response in the micro-batch the reward cancels out of Zhat; use 2 or more, or --estimator constant")
     if args.loss == "var" and args.reward_model is None and args.estimator != "constant" and args.partners != "group":
         parser.error("--reward_model is missing (scores in the data can replace it with --estimator constant or --partners group)")
     return args
+
+
+# fmt: on
 
 
 if __name__ == "__main__":
@@ -197,11 +147,9 @@ LOSSES = {
     "var": Loss(
         responses="all",
         tables=lambda args: VAR_TABLES[args.estimator],
-        compute=lambda logps, rewards, ref_logps, args: var_loss(
-            logps, rewards, ref_logps, args.beta, args.estimator, args.normalize_weights
-        ),
+        compute=lambda logps, rewards, ref, args: var_loss(logps, rewards, ref, args.beta, args.estimator, args.normalize_weights),
     ),
-    "sft": Loss(responses="chosen", tables=lambda args: None, compute=lambda logps, rewards, ref_logps, args: sft_loss(logps)),
+    "sft": Loss(responses="chosen", tables=lambda args: None, compute=lambda logps, rewards, ref, args: sft_loss(logps)),
 }
 
 
@@ -314,21 +262,18 @@ def evaluate(accelerator, model, loss, plan, tables, args, tokenizer, scale):
 
 def score_evaluations(out, reward_tokenizer, args, device):
     """eval/step_*.jsonl -> eval/rewards.jsonl: step, mean reward and 100*sigmoid of the held-out generations (Figure 2)."""
-    model = bind_scores(
-        load_reward_model(args.reward_model, args.reward_dtype, args.attn_implementation, args.trust_remote_code).to(device)
-    )
-    lines = []
+    model = load_reward_model(args.reward_model, args.reward_dtype, args.attn_implementation, args.trust_remote_code)
+    model, lines = bind_scores(model.to(device)), []
     for file in sorted((out / "eval").glob("step_*.jsonl"), key=lambda f: int(f.stem[5:])):
         rows = read_jsonl(file)
-        rewards = score(
-            model, reward_tokenizer, [(row["prompt"], row["response"]) for row in rows], max_tokens=args.max_reward_tokens, progress=False
-        )
-        means = {
+        conversations = [(row["prompt"], row["response"]) for row in rows]
+        rewards = score(model, reward_tokenizer, conversations, max_tokens=args.max_reward_tokens, progress=False)
+        sums = {
             "reward": sum(rewards),
             "sigmoid100": sum(map(sigmoid100, rewards)),
             "response_tokens": sum(row["response_tokens"] for row in rows),
         }
-        lines.append({"step": int(file.stem[5:]), "n": len(rows)} | {name: total / len(rows) for name, total in means.items()})
+        lines.append({"step": int(file.stem[5:]), "n": len(rows)} | {name: total / len(rows) for name, total in sums.items()})
     write_jsonl(out / "eval" / "rewards.jsonl", lines)
 
 
@@ -342,14 +287,7 @@ def main(args):
 
         miniature.build()
     out = Path(args.output_dir)
-    try:
-        accelerator = make_accelerator(log_with=args.tracker, project_dir=args.output_dir)
-    except ValueError as error:
-        raise InputError(f"--tracker {args.tracker}: {error}") from None
-    if args.tracker and not accelerator.log_with:
-        raise InputError(
-            f"--tracker {args.tracker}: not installed; pip install {args.tracker}, or leave the flag out (metrics.jsonl is written in any case)"
-        )
+    accelerator = make_accelerator(args.tracker, args.output_dir)
     P, main_process, device = accelerator.num_processes, accelerator.is_main_process, accelerator.device
     say = print if main_process else lambda *_: None
     loss, accum = LOSSES[args.loss], args.accum or P
@@ -370,16 +308,8 @@ def main(args):
     say(f"{total_steps:,} optimizer steps x {accum} micro-batches x B = {args.batch_size}, on {P} process(es), {device}")
     versions = {"python": sys.version.split()[0]} | {package.__name__: package.__version__ for package in (torch, transformers, accelerate)}
     models = {name: fingerprint(name) for name in {args.model, args.ref_model, args.reward_model} - {None}}
-    about = {
-        "args": vars(args),
-        "models": models,
-        "plan": plan_fingerprint(plan),
-        "versions": versions,
-        "processes": P,
-        "device": str(device),
-        "steps": total_steps,
-        "mean_response_tokens": scale,
-    }
+    about = {"args": vars(args), "models": models, "plan": plan_fingerprint(plan), "versions": versions, "processes": P}
+    about |= {"device": str(device), "steps": total_steps, "mean_response_tokens": scale}
     if check_run(args, about, out):
         return say(f"{out}: this run is finished")
 
@@ -389,9 +319,8 @@ def main(args):
         path = args.tables or str(out / "tables.safetensors")
         tables = build_tables(path, plan, wanted, needed, accelerator, tokenizer, reward_tokenizer, args)
         if eval_plan:
-            eval_tables = build_tables(
-                eval_path(path), eval_plan, wanted, range(len(eval_plan.batches)), accelerator, tokenizer, reward_tokenizer, args
-            )
+            every = range(len(eval_plan.batches))
+            eval_tables = build_tables(eval_path(path), eval_plan, wanted, every, accelerator, tokenizer, reward_tokenizer, args)
         say(summary(tables, needed, args.ref_logps, args.estimator))
         check_weights(tables, needed, args, say)
 
@@ -424,32 +353,23 @@ def main(args):
         log(step, evaluate(accelerator, model, loss, eval_plan, eval_tables, args, tokenizer, scale))
         if P == 1 and args.eval_prompts:
             items = {e.prompt_key: {"id": f"{n}", "subset": "held out", "prompt": e.messages} for n, e in enumerate(eval_plan.examples)}
-            rows = generate_rows(
-                model,
-                tokenizer,
-                list(items.values())[: args.eval_prompts],
-                [args.seed],
-                args.max_prompt_tokens,
-                args.max_response_tokens,
-                progress=False,
-            )
+            some, limits = list(items.values())[: args.eval_prompts], (args.max_prompt_tokens, args.max_response_tokens)
+            rows = generate_rows(model, tokenizer, some, [args.seed], *limits, progress=False)
             (out / "eval").mkdir(exist_ok=True)
             write_jsonl(out / "eval" / f"step_{step}.jsonl", rows)
 
     # The loop
     if eval_every and not first_step:
         evaluate_at(0)
-    bar = tqdm(
-        range(first_step, total_steps), initial=first_step, total=total_steps, desc=args.loss, disable=not main_process, mininterval=1.0
-    )
+    steps = range(first_step, total_steps)
+    bar = tqdm(steps, initial=first_step, total=total_steps, desc=args.loss, disable=not main_process, mininterval=1.0)
     for step in bar:
         start = time.perf_counter()
         micro_batches = step_micro_batches(step, accum, M, args.seed)  # of all processes; the same list everywhere
         rows_of_step = sum(len(plan.batches[m]) for m in micro_batches)
         mine, sums = micro_batches[accelerator.process_index :: P], []
-        for m in mine:
-            last = m is mine[-1]
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+        for k, m in enumerate(mine):
+            with contextlib.nullcontext() if k == len(mine) - 1 else accelerator.no_sync(model):  # gradients are exchanged once a step
                 value, metrics = forward(model, loss, plan, tables, m, args, tokenizer, device)
                 # `value` is a mean over the micro-batch's rows; the step is the mean over all rows of all processes, whose gradients DDP averages
                 share = len(plan.batches[m]) * P / rows_of_step
@@ -473,9 +393,7 @@ def main(args):
         if eval_every and ((step + 1) % eval_every == 0 or step + 1 == total_steps):
             evaluate_at(step + 1)
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < total_steps:
-            save_checkpoint(
-                accelerator, out, step + 1, args.keep
-            )  # last: what a checkpoint has behind it is done, and resuming never looks back
+            save_checkpoint(accelerator, out, step + 1, args.keep)  # last, so that resuming never has to look back
 
     # Save, then score what was generated along the way (Figure 2); the reward model is loaded once, after training
     state = accelerator.get_state_dict(model)

@@ -18,7 +18,7 @@ from data import (
     PLAIN_TEMPLATE, Example, array, collate, describe, encode_records, encode_text, end_of_turn_id, hold_out, load_examples, pad_id, plan_micro_batches,
     prompt_text, render, step_micro_batches,
 )  # fmt: skip
-from formats import InputError, Unusable
+from formats import InputError
 
 BIG = 10**6
 USER = lambda text: [{"role": "user", "content": text}]

@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import threading
+from array import array
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
-from tiny import ENVIRONMENT, ROOT, TEXTS, bpe_tokenizer, causal_lm, chatml_tokenizer, reward_model, run_program, save, write
+from tiny import ENVIRONMENT, ROOT, bpe_tokenizer, causal_lm, chatml_tokenizer, reward_model, run_program, save, write
 
 import torch
 import transformers
@@ -21,11 +22,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tables as tables_file
-from data import Example, Plan, collate, load_plan, pad_id
+from data import Example, Plan, collate, load_plan
 from formats import InputError
 from model import fingerprint, load_policy, load_reward_model, sequence_logps
 from reward import encode_conversation
-from tables import Tables, build_tables, check_fits, header, ref_scorer, reward_scorer, summary
+from tables import Tables, build_tables, header, ref_scorer, reward_scorer, summary
 from var import effective_sample_size, log_weights, self_share
 
 torch.set_num_threads(1)
@@ -211,12 +212,15 @@ def test_a_bidirectional_reward_model_is_noticed_in_16_bits_too(world):
     """There the two ways differ by rounding in any model; the tolerance for a reward must not grow with the response, as it may for a sum over tokens."""
     model, tokenizer = load_reward_model(str(world / "judge_gemma3_text"), "bfloat16"), transformers.AutoTokenizer.from_pretrained(world / "judge_gemma3_text")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    x, y = example([3] * 5, [4] * 200, "Which tree keeps its leaves? " * 4), example([3], [4] * 200, "The pine keeps its needles all year.")
+    prompt = "Which tree keeps its leaves in winter? Fold the letter twice, put it in the envelope"
+    x, y = (example([3], [4] * 200, response, prompt) for response in ("The pine keeps its needles all year.", "No."))
+    with torch.no_grad():
+        model.score.weight *= 20  # about 2 between the two ways, less than 0.02 for each of 200 tokens
     expected = [score_alone(model, tokenizer, x, x), score_alone(model, tokenizer, x, y)]
     scorer = reward_scorer(model, tokenizer, 4, 2048)
     with torch.no_grad():
-        assert scorer([(x, x), (x, y)]) == pytest.approx(expected, abs=0.05)  # the first call is the one that compares
-        assert scorer([(x, x), (x, y)]) == pytest.approx(expected, abs=0.05)
+        assert scorer([(x, x), (x, y)]) == pytest.approx(expected, abs=0.5)  # the first call is the one that compares
+        assert scorer([(x, x), (x, y)]) == pytest.approx(expected, abs=0.5)
 
 
 def test_a_policy_whose_cache_cannot_be_repeated_is_scored_by_full_forwards(world, tmp_path, capsys):
@@ -270,8 +274,6 @@ def score_alone(model, tokenizer, x, y):
 
 
 def example(prompt_ids, response_ids, response, prompt="Why?", score=None, where="file:1"):
-    from array import array
-
     return Example(array("i", prompt_ids), array("i", response_ids), [{"role": "user", "content": prompt}], response, score, where)
 
 
