@@ -119,13 +119,17 @@ def mixed_precision():
 def make_accelerator(tracker=None, folder=None):
     """An Accelerator whose collectives may wait long: for tables of unequal work, for one process that writes a checkpoint.
 
-    InputError: a tracker that is unknown or not installed.
+    `torchrun --nproc_per_node 2` works without a GPU too; left to itself, accelerate would run two programs that know nothing of each other.
+    InputError: a tracker that is unknown or not installed, processes that cannot see each other.
     """
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
+    patience, processes = InitProcessGroupKwargs(timeout=timedelta(hours=24)), int(os.environ.get("WORLD_SIZE", 1))
+    more = {"cpu": processes > 1 and not torch.accelerator.is_available(), "mixed_precision": mixed_precision()}
     try:
-        accelerator = Accelerator(mixed_precision=mixed_precision(), kwargs_handlers=[patience], log_with=tracker, project_dir=folder)
+        accelerator = Accelerator(kwargs_handlers=[patience], log_with=tracker, project_dir=folder, **more)
     except ValueError as error:
         raise InputError(f"--tracker {tracker}: {error}") from None
+    if accelerator.num_processes != processes:
+        raise InputError(f"{processes} processes were launched, accelerate sees {accelerator.num_processes}: they would write over each other")
     if tracker and not accelerator.log_with:
         raise InputError(
             f"--tracker {tracker}: not installed; pip install {tracker}, or leave the flag out (metrics.jsonl is always written)"
