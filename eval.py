@@ -100,10 +100,13 @@ def read_prompts(sources, tokenizer, split="train", limit=None):
 
     Dropped and printed: prompts that the tokenizer's template refuses, or with its special tokens written out in them.
     """
-    items, special = [], special_text(tokenizer)
+    items, special, names = [], special_text(tokenizer), set()
     for source in sources:
         name, equals, path = source.partition("=")
         name, path = (name, path) if equals else (Path(source).name.split(".")[0], source)
+        if name in names:
+            raise InputError(f"two sources make the subset {name!r}; name them apart: --data ONE={path} TWO=...")
+        names.add(name)
         seen, report = set(), Report()
         for record in read_records(path, report, split):
             prompt_id = hashlib.sha256(json.dumps(record.prompt).encode()).hexdigest()[:12]

@@ -16,6 +16,7 @@ which is the same unless the text ends with the pad token; then its answer is on
 
 import argparse
 import math
+import os
 
 from data import (
     add_data_flags,
@@ -172,6 +173,8 @@ def pair_accuracy(model, tokenizer, examples, batch_size, max_tokens):
 
 
 def train(args):
+    if os.path.exists(os.path.join(args.output_dir, "config.json")):
+        raise InputError(f"{args.output_dir}: already holds a model, which this run would replace; choose another --output_dir")
     accelerator = make_accelerator()
     transformers.set_seed(args.seed)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)

@@ -79,6 +79,8 @@ def parse_args(argv=None):
         value = getattr(args, name)
         if value is not None and not (0 < value < float("inf") or (value == 0 and name in from_zero)):
             parser.error(f"--{name} must be {'at least' if name in from_zero else 'above'} 0 and finite, got {value}")
+    if args.eval_every and not (args.eval_data or args.eval_fraction):
+        parser.error(f"--eval_every {args.eval_every}: nothing is held out; add --eval_data or --eval_fraction")
     if args.warmup_ratio > 1:
         parser.error(f"--warmup_ratio is a share of the steps, from 0 to 1, got {args.warmup_ratio}")
     if args.loss == "var" and args.estimator != "constant" and args.batch_size < 2:
@@ -309,7 +311,7 @@ def main(args):
     versions = {"python": sys.version.split()[0]} | {package.__name__: package.__version__ for package in (torch, transformers, accelerate)}
     models = {name: fingerprint(name) for name in {args.model, args.ref_model, args.reward_model} - {None}}
     about = {"args": vars(args), "models": models, "plan": plan_fingerprint(plan), "versions": versions, "processes": P}
-    about |= {"device": str(device), "steps": total_steps, "mean_response_tokens": scale}
+    about |= {"device": str(device), "steps": total_steps, "accum": accum, "eval_every": eval_every, "mean_response_tokens": scale}
     if check_run(args, about, out):
         return say(f"{out}: this run is finished")
 
@@ -350,17 +352,18 @@ def main(args):
         accelerator.log(metrics, step=step)
 
     def evaluate_at(step):
-        log(step, evaluate(accelerator, model, loss, eval_plan, eval_tables, args, tokenizer, scale))
+        numbers = evaluate(accelerator, model, loss, eval_plan, eval_tables, args, tokenizer, scale)
         if P == 1 and args.eval_prompts:
             items = {e.prompt_key: {"id": f"{n}", "subset": "held out", "prompt": e.messages} for n, e in enumerate(eval_plan.examples)}
             some, limits = list(items.values())[: args.eval_prompts], (args.max_prompt_tokens, args.max_response_tokens)
             rows = generate_rows(model, tokenizer, some, [args.seed], *limits, progress=False)
             (out / "eval").mkdir(exist_ok=True)
             write_jsonl(out / "eval" / f"step_{step}.jsonl", rows)
+        return numbers
 
     # The loop
     if eval_every and not first_step:
-        evaluate_at(0)
+        log(0, evaluate_at(0))
     steps = range(first_step, total_steps)
     bar = tqdm(steps, initial=first_step, total=total_steps, desc=args.loss, disable=not main_process, mininterval=1.0)
     for step in bar:
@@ -387,11 +390,11 @@ def main(args):
             raise InputError(
                 f"step {step + 1}: loss {metrics['loss']}, gradient norm {float(grad_norm)}; the last checkpoint is kept. A smaller --lr, or --dtype float32, usually helps"
             )
-        tokens = metrics.pop("tokens")
-        log(step + 1, metrics | {"lr": lr, "grad_norm": float(grad_norm), "tokens_per_second": tokens / (time.perf_counter() - start)})
-        bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+        metrics |= {"lr": lr, "grad_norm": float(grad_norm), "tokens_per_second": metrics.pop("tokens") / (time.perf_counter() - start)}
         if eval_every and ((step + 1) % eval_every == 0 or step + 1 == total_steps):
-            evaluate_at(step + 1)
+            metrics |= evaluate_at(step + 1)
+        log(step + 1, metrics)
+        bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < total_steps:
             save_checkpoint(accelerator, out, step + 1, args.keep)  # last, so that resuming never has to look back
 

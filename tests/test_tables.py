@@ -4,7 +4,6 @@ import gc
 import json
 import math
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -681,7 +680,7 @@ def by_hand(rewards, ref_logps, lengths, beta, mode):
     return [sum(ess) / len(ess), sum(share) / len(share)]
 
 
-@pytest.mark.parametrize("launcher", ["processes", pytest.param("accelerate launch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", ["processes", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_processes_write_the_same_file_as_one(world, many, typed, launcher):
     """Pieces of 16 and 3 micro-batches, one each; the held-out eleven all fall to the first process. Every cell to 1e-5, the same header, no litter."""
     folder = world / launcher.split()[0]
@@ -689,11 +688,9 @@ def test_two_processes_write_the_same_file_as_one(world, many, typed, launcher):
     if launcher == "processes":
         status, out, err = run_program(tables_file, argv, world, processes=2)
     else:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port".split()
-        done = subprocess.run([sys.executable, *launch, str(port), ROOT / "tables.py", *argv], cwd=world, env=ENVIRONMENT, capture_output=True, text=True)
+        # on a CPU `accelerate launch --cpu --num_processes 2` starts a single process
+        launch = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+        done = subprocess.run([sys.executable, *launch, ROOT / "tables.py", *argv], cwd=world, env=ENVIRONMENT, capture_output=True, text=True)
         status, out, err = done.returncode, done.stdout, done.stderr
     assert status == 0, err
     assert sorted(file.name for file in folder.iterdir()) == ["t.safetensors", "t_eval.safetensors"]
