@@ -77,7 +77,7 @@ BETAS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 # What a table depends on
 
 
-def header(plan, ref_model, reward_model, dtype, reward_dtype, max_reward_tokens):
+def header(plan, ref_model, reward_model, dtype, reward_dtype, max_reward_tokens, autocast="no"):
     """Everything the numbers depend on, as a dict of strings and numbers. beta, estimator, mean or sum and normalisation are not in it."""
     return {
         **plan.settings,
@@ -85,6 +85,7 @@ def header(plan, ref_model, reward_model, dtype, reward_dtype, max_reward_tokens
         "ref_model": None if ref_model is None else fingerprint(ref_model),
         "reward_model": "the data's own scores" if reward_model is None else fingerprint(reward_model),
         "dtype": dtype,
+        "autocast": autocast,  # of the reference only; in bf16 its sums differ by tenths of a nat
         "reward_dtype": reward_dtype,
         "max_reward_tokens": max_reward_tokens,
         "plan": plan_fingerprint(plan),
@@ -290,34 +291,30 @@ def build_tables(path, plan, wanted, needed, accelerator, tokenizer, reward_toke
     InputError: a table that does not fit, data without the scores that would replace a reward model.
     """
     path, main = Path(path), accelerator.is_main_process
-    about = header(
-        plan,
-        args.ref_model or args.model if wanted["ref_logps"] else None,
-        args.reward_model,
-        args.dtype,
-        args.reward_dtype,
-        args.max_reward_tokens,
-    )
+    ref_model = args.ref_model or args.model if wanted["ref_logps"] else None
+    precision = {"dtype": args.dtype, "reward_dtype": args.reward_dtype, "autocast": accelerator.mixed_precision}
+    about = header(plan, ref_model, args.reward_model, max_reward_tokens=args.max_reward_tokens, **precision)
     tables = Tables(plan)
     if path.exists():
         found = check_fits(path, about)
         about["ref_model"] = about["ref_model"] or found["ref_model"]
         tables.take(load_file(path))
-    name = hashlib.sha256(json.dumps({k: v for k, v in about.items() if k != "ref_model"}).encode()).hexdigest()[:8]
-    parts = path.with_name(f"{path.name}.parts-{name}-{(about['ref_model'] or '')[-8:]}")
+    # pieces of other settings must not be mistaken for ours; the reference stands apart because a table can get its ref_logps later
+    settings = hashlib.sha256(json.dumps({k: v for k, v in about.items() if k != "ref_model"}).encode()).hexdigest()[:8]
+    parts = path.with_name(f"{path.name}.parts-{settings}-{(about['ref_model'] or '')[-8:]}")
     for part in sorted(parts.glob("*.safetensors")):
         tables.take(load_file(part))
     if args.reward_model is None and wanted["rewards"]:
         take_scores(tables, plan)
     accelerator.wait_for_everyone()  # all have seen the same pieces, before the first new one appears
 
-    measured = args.reward_model is None and bool(wanted["rewards"])  # the data's scores are written again: they may have changed
+    to_write = args.reward_model is None and bool(wanted["rewards"])  # the data's scores are written again: they may have changed
     for name, which in wanted.items():
         todo = [m for m in sorted(needed) if which and tables.lacks(name, m, which)]
         if todo:
-            measured = True
+            to_write = True
             measure(name, which, todo, parts, plan, accelerator, tokenizer, reward_tokenizer, args)
-    if measured or not path.exists():
+    if to_write or not path.exists():
         accelerator.wait_for_everyone()
         for part in sorted(parts.glob("*.safetensors")):
             tables.take(load_file(part))

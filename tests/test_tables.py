@@ -401,7 +401,7 @@ def test_the_header_names_what_the_numbers_depend_on_and_nothing_else(world, who
     assert found == {
         "responses": "all", "batch_size": 4, "partners": "batch", "seed": 0, "max_prompt_tokens": 512, "max_response_tokens": 30, "examples": 22,
         "ref_model": fingerprint(str(world / "llama")), "reward_model": fingerprint(str(world / "judge_llama")),
-        "dtype": "float32", "reward_dtype": "auto", "max_reward_tokens": 2048, "plan": found["plan"],
+        "dtype": "float32", "autocast": "no", "reward_dtype": "auto", "max_reward_tokens": 2048, "plan": found["plan"],
     }  # fmt: skip
     assert re.fullmatch(r"[0-9a-f]{16}", found["plan"]) and found["ref_model"] != found["reward_model"]
     assert not any(word in header_of(whole.path) for word in ("beta", "estimator", "normal", "mean"))
@@ -715,7 +715,7 @@ def test_a_process_that_comes_late_agrees_on_who_measures_what(world, tmp_path, 
     monkeypatch.setattr(tables_file, "release", lambda *_: None)
 
     def process(p):
-        accelerator = SimpleNamespace(process_index=p, num_processes=2, is_main_process=p == 0, wait_for_everyone=barrier.wait, device=torch.device("cpu"), autocast=nullcontext)
+        accelerator = SimpleNamespace(process_index=p, num_processes=2, is_main_process=p == 0, wait_for_everyone=barrier.wait, device=torch.device("cpu"), autocast=nullcontext, mixed_precision="no")
         results[p] = build_tables(tmp_path / "t.safetensors", plan, {"rewards": None, "ref_logps": "all"}, range(6), accelerator, tokenizer, reward_tokenizer, args)
 
     early, late = (threading.Thread(target=process, args=(p,)) for p in range(2))
