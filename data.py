@@ -10,8 +10,9 @@ token are supervised. The same `prompt_ids` and `response_ids` serve training, t
     input_ids      = prompt_ids + response_ids, padded on the right       (B, T)
     response_mask  = 1 on the tokens whose log-probability is counted     (B, T)
 
-Truncation, in tokens: the prompt loses its oldest turns, then tokens from the left, but never BOS or the system turn before them;
-the response loses its end, and with it the end-of-turn token: a cut answer must not teach where to stop.
+Truncation, in tokens: the prompt loses its oldest turns, then the beginning of its last turn's text. BOS stays, and so do the system
+turn and the header before that text, unless they fill more than half of the limit. The response loses its end, and with it the
+end-of-turn token: a cut answer must not teach where to stop.
 
 The batch plan is a pure function of (examples, B, partners, seed). It composes the micro-batches once; every epoch reuses them in an
 order drawn from (seed, epoch), so one table of rewards and reference log-probs serves all epochs (Algorithm 1 lines 3-5, tables.py).
@@ -84,12 +85,12 @@ def add_loading_flags(parser, policy=True, reward=True):
 
 def load_tokenizer(name, trust_remote_code=False):
     """Tokenizer of a local folder or hub name, with PLAIN_TEMPLATE if it has no chat template. InputError: none there, no eos token."""
-    from transformers import AutoTokenizer  # here, not above: --help answers without loading it
-
     check_model_name(name)
+    from transformers import AutoTokenizer  # here, not above: --help and a misspelt folder answer without loading it
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # any kind: `tokenizers` raises plain Exceptions, a missing sentencepiece is an ImportError
         raise InputError(f"{name}: no tokenizer can be loaded from there ({str(error)[:200]})") from None
     if tokenizer.eos_token_id is None:
         raise InputError(f"{name}: the tokenizer has no eos_token, so a response could not be ended; set one in its tokenizer_config.json")
@@ -172,15 +173,16 @@ def encode_records(tokenizer, conversations, max_prompt_tokens, max_response_tok
         except Unusable as reason:
             spans.append(reason)
             continue
-        spans.append(slice(len(texts), len(texts) + len(rendered)))
+        spans.append((messages, slice(len(texts), len(texts) + len(rendered))))
         texts += rendered
     ids = encode_text(tokenizer, texts) if texts else []
     return [
-        s if isinstance(s, Unusable) else _split(tokenizer, ids[s], specials, max_prompt_tokens, max_response_tokens, counts) for s in spans
+        s if isinstance(s, Unusable) else _split(tokenizer, s[0], ids[s[1]], specials, max_prompt_tokens, max_response_tokens, counts)
+        for s in spans
     ]
 
 
-def _split(tokenizer, ids, specials, max_prompt_tokens, max_response_tokens, counts):
+def _split(tokenizer, messages, ids, specials, max_prompt_tokens, max_response_tokens, counts):
     """[ids of the prompt, ids of the conversation with response 1, with response 2, ...] -> (prompt_ids, [response_ids, ...])."""
     prompt_ids, conversations = ids[0], ids[1:]
     # A token may join the last characters of the prompt and the first of a response, or the template may write the header of an answered
@@ -191,7 +193,11 @@ def _split(tokenizer, ids, specials, max_prompt_tokens, max_response_tokens, cou
     for conversation in conversations:
         response_ids = conversation[split:]
         # Up to the first special token after the text: the end-of-turn token. What a template writes after it ("\n") is not the answer.
-        end = next((t for t, token in enumerate(response_ids) if token in specials and t > 0), None)
+        # Sought from behind, because the header of an answered turn may hold special tokens too (gpt-oss: <|channel|>final<|message|>).
+        text_end = len(response_ids)
+        while text_end and (response_ids[text_end - 1] in specials or not tokenizer.decode([response_ids[text_end - 1]]).strip()):
+            text_end -= 1
+        end = next((t for t in range(text_end, len(response_ids)) if response_ids[t] in specials), None)
         response_ids = response_ids[: end + 1] if end is not None else response_ids + [tokenizer.eos_token_id]
         if len(response_ids) > max_response_tokens:
             response_ids = response_ids[:max_response_tokens]  # and no end-of-turn token put back
@@ -199,25 +205,43 @@ def _split(tokenizer, ids, specials, max_prompt_tokens, max_response_tokens, cou
         responses.append(response_ids)
     prompt_ids = prompt_ids[:split]
     if len(prompt_ids) > max_prompt_tokens:
-        bos = prompt_ids[:1] if prompt_ids[0] == tokenizer.bos_token_id else []
-        prompt_ids = bos + prompt_ids[len(prompt_ids) - max(max_prompt_tokens - len(bos), 0) :]  # never ids[-0:], which is everything
+        head = prompt_ids[: _head_length(tokenizer, messages, prompt_ids)]
+        if len(head) > max_prompt_tokens // 2:
+            head = prompt_ids[:1] if prompt_ids[0] == tokenizer.bos_token_id else []
+        prompt_ids = head + prompt_ids[len(prompt_ids) - (max_prompt_tokens - len(head)) :]  # never ids[-0:], which is everything
         counts["prompts truncated inside a turn"] += 1
     return prompt_ids, responses
+
+
+def _head_length(tokenizer, messages, prompt_ids):
+    """How many tokens stand before the text of the last turn: BOS, the system turn, the turn's header."""
+    try:
+        without_text = prompt_text(tokenizer, [*messages[:-1], messages[-1] | {"content": ""}])
+    except Unusable:
+        return 0
+    return _common_prefix(prompt_ids, encode_text(tokenizer, [without_text])[0])
 
 
 def _drop_oldest_turns(tokenizer, messages, max_prompt_tokens):
     """The conversation without its oldest exchanges, as few as needed; the system turn and the last user turn always stay."""
     system, turns = [m for m in messages[:1] if m["role"] == "system"], messages[messages[0]["role"] == "system" :]
-    while sum(len(m["content"]) for m in turns) > max_prompt_tokens:  # a token is at least a character: most prompts stop here
-        later_user_turns = [i for i, m in enumerate(turns) if i > 0 and m["role"] == "user"]
-        if not later_user_turns or len(encode_text(tokenizer, [prompt_text(tokenizer, system + turns)])[0]) <= max_prompt_tokens:
-            break
+    while later_user_turns := [i for i, m in enumerate(turns) if i > 0 and m["role"] == "user"]:
+        text = prompt_text(tokenizer, system + turns)
+        if len(text.encode()) <= max_prompt_tokens or len(encode_text(tokenizer, [text])[0]) <= max_prompt_tokens:
+            break  # a token is at least a byte, so short prompts stop at the first question
         turns = turns[later_user_turns[0] :]
     return system + turns
 
 
 def _common_prefix(a, b):
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _as_rendered(tokenizer, messages, response):
+    """The response as the template writes it: some trim it, and the reward model must score the text that is trained on."""
+    if response == response.strip() or response in render(tokenizer, [*messages, {"role": "assistant", "content": response}]):
+        return response
+    return response.strip()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -264,8 +288,11 @@ def load_examples(
                 keep = choose_responses(record, mode)
                 # a written-out eos at the very end is how some files mark the end: the template will put it there itself
                 responses = [record.responses[i].removesuffix(tokenizer.eos_token) for i in keep]
+                if not all(map(str.strip, responses)):
+                    raise Unusable("an empty or blank response")
                 if any(special.search(text) for text in responses + [m["content"] for m in record.prompt]):
                     raise Unusable("special-token text inside the data")
+                responses = [_as_rendered(tokenizer, record.prompt, response) for response in responses]
                 chosen.append((record, [record.scores[i] if record.scores else None for i in keep], responses))
             except Unusable as reason:
                 report.drop(str(reason), record.where)
@@ -442,7 +469,7 @@ def pad_id(tokenizer):
 def describe(examples, report, counts):
     """Counts, lengths and what was dropped or cut, as text."""
     prompts, responses = sorted(len(e.prompt_ids) for e in examples), sorted(len(e.response_ids) for e in examples)
-    quantiles = lambda x: f"median {x[len(x) // 2]}, 95 % {x[int(0.95 * (len(x) - 1))]}, longest {x[-1]}"
+    quantiles = lambda x: f"median {x[len(x) // 2]}, 95 % {x[int(0.95 * len(x))]}, longest {x[-1]}"
     lines = [str(report), f"{len(examples):,} examples of {len({e.prompt_key for e in examples}):,} prompts"]
     lines += [f"  {n:,} {what}" for what, n in sorted(counts.items())]
     lines += [f"prompt tokens:   {quantiles(prompts)}", f"response tokens: {quantiles(responses)}, {sum(responses):,} in all"]

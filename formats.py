@@ -26,6 +26,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -166,7 +167,7 @@ def _read_json(source, name):
         raise InputError(
             f"{name}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno}); the file must be one array or one object a line"
         ) from None
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{name}: cannot be read as UTF-8 text ({error})") from None
 
 
@@ -201,29 +202,31 @@ def to_record(row, where):
     """One row of any known shape -> Record. Raises Unusable (drop the row) or InputError (the file has an unknown shape)."""
     has = lambda *columns: all(row.get(column) is not None for column in columns)
     if has("instruction", "output_1", "output_2") and "label" in row:
-        if str(row["label"]) not in ("1", "2"):
+        better = {"1": 0, "2": 1}.get(_label(row))
+        if better is None:
             raise Unusable("label is neither 1 nor 2")
-        better = int(row["label"]) - 1
         outputs = [_text(row["output_1"]), _text(row["output_2"])]
         record = Record(_prompt(row, where), outputs, where, chosen=better, rejected=1 - better)
     elif has("completions") and (has("instruction") or has("prompt")):
         responses, scores = [], []
-        for completion in row["completions"]:
+        for completion in _list(row["completions"]):
             if not isinstance(completion, dict):
                 raise Unusable("a completion is not an object")
             responses.append(_text(completion.get("response")))
             scores.append(_ultrafeedback_score(completion))
         record = Record(_prompt(row, where), responses, where, scores=scores)
     elif has("prompt", "responses", "scores"):
-        if len(row["responses"]) != len(row["scores"]):
+        if len(_list(row["responses"])) != len(_list(row["scores"])):
             raise Unusable("responses and scores differ in number")
         record = Record(_prompt(row, where), [_text(r) for r in row["responses"]], where, scores=[_number(s) for s in row["scores"]])
     elif has("chosen", "rejected"):
         record = _pair(row, where)
     elif has("prompt", "completion") and "label" in row:
         prompt, (response,) = _split_prompt(row, where, row["completion"])
-        label = row["label"] if isinstance(row["label"], bool) else str(row["label"]).lower() in ("1", "true", "desirable")
-        record = Record(prompt, [response], where, desirable=[label])
+        good, bad = ("1", "true", "desirable"), ("0", "false", "undesirable")
+        if _label(row) not in good + bad:
+            raise Unusable("label is neither true nor false")
+        record = Record(prompt, [response], where, desirable=[_label(row) in good])
     elif (has("prompt") or has("instruction")) and (has("response") or has("output")):
         prompt, (response,) = _split_prompt(row, where, row["response"] if has("response") else row["output"])
         score = next((_number(row[name]) for name in ("reward", "score") if has(name)), None)
@@ -272,9 +275,7 @@ def _split_prompt(row, where, *answers):
             responses.append(_text(answer))
     if any(p != prompts[0] for p in prompts) or (prompt is not None and _bare(prompts[0]) != _bare(prompt)):
         raise Unusable("chosen and rejected answer different prompts")
-    if not prompts[0]:
-        raise Unusable("there is no prompt before the answer")
-    return prompts[0], responses
+    return _ends_with_user(prompts[0] or []), responses
 
 
 def _bare(messages):
@@ -296,6 +297,10 @@ def _prompt(row, where):
         if isinstance(row.get("input"), str) and row["input"].strip():
             text = text.rstrip() + "\n\n" + row["input"]
         messages = [{"role": "user", "content": text}]
+    return _ends_with_user(messages)
+
+
+def _ends_with_user(messages):
     if not messages or messages[-1]["role"] == "assistant" or not messages[-1]["content"].strip():
         raise Unusable("the prompt is empty or does not end with the user's turn")
     return messages
@@ -333,6 +338,16 @@ def _text(value):
     return value
 
 
+def _list(value):
+    if not isinstance(value, list):
+        raise Unusable(f"a list expected, got {type(value).__name__}")
+    return value
+
+
+def _label(row):
+    return str(row["label"]).lower().removesuffix(".0")  # a column with gaps turns 1 into 1.0 in many tools
+
+
 def _number(value):
     """A finite number from a number or a string, None for "N/A", nan and the like."""
     try:
@@ -343,8 +358,8 @@ def _number(value):
 
 
 def _ultrafeedback_score(completion):
-    annotations = completion.get("annotations") or {}
-    ratings = [_number(a.get("Rating")) for a in annotations.values() if isinstance(a, dict)]
+    annotations = completion.get("annotations")
+    ratings = [_number(a.get("Rating")) for a in annotations.values() if isinstance(a, dict)] if isinstance(annotations, dict) else []
     ratings = [rating for rating in ratings if rating is not None]
     if ratings:
         return sum(ratings) / len(ratings)
