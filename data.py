@@ -32,7 +32,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from formats import InputError, Report, Unusable, choose_responses, read_records, run
+from formats import InputError, Report, Unusable, choose_responses, labels, read_records, run
 
 # Role per line, every turn closed by eos; nothing is added to the vocabulary. bos_token renders as nothing where there is none.
 PLAIN_TEMPLATE = (
@@ -47,7 +47,7 @@ def add_data_flags(parser, responses="all"):
     group = parser.add_argument_group("data")
     group.add_argument("--data", nargs="+", metavar="SOURCE", help="preference files (.jsonl, .jsonl.gz, .json, .parquet), folders saved by `datasets`, or hub names (NAME or NAME:FOLDER); see formats.py for the shapes")
     group.add_argument("--split", default="train", help="split of a hub dataset or a saved DatasetDict (default: %(default)s)")
-    group.add_argument("--responses", choices=["all", "chosen", "best", "pairs"], help=f"which responses of a row are used (default: {responses})")
+    group.add_argument("--responses", choices=["all", "chosen", "best", "pairs", "labelled"], help=f"which responses of a row are used (default: {responses})")
     group.add_argument("--max_prompt_tokens", type=int, default=512, metavar="N", help="longer prompts are cut from the left, in tokens (default: %(default)s; not stated in the paper)")
     group.add_argument("--max_response_tokens", type=int, default=512, metavar="N", help="longer responses are cut from the right, in tokens (default: %(default)s; not stated in the paper)")
     group.add_argument("--strict", action="store_true", help="stop at the first unusable row instead of dropping and counting it")
@@ -258,6 +258,8 @@ class Example:
     response: str  # the response as text, likewise
     score: float | None  # the data's own score, if it has one
     where: str  # "file:row"
+    weight: float | None = None  # what its loss is multiplied by: the data's weight column (wsft), the advantage (alol)
+    desirable: bool | None = None  # with --responses labelled (kto)
 
     @property
     def prompt_key(self):
@@ -265,8 +267,9 @@ class Example:
 
 
 def load_examples(
-    sources, tokenizer, mode, max_prompt_tokens, max_response_tokens, split="train", strict=False, other_tokenizers=(), progress=True
-):
+    sources, tokenizer, mode, max_prompt_tokens, max_response_tokens, split="train", strict=False, other_tokenizers=(), progress=True,
+    weight_column=None,
+):  # fmt: skip
     """Every usable (prompt, response) of the sources, equal ones once -> (examples, report, counts).
 
     `other_tokenizers` (the reward model's) only widen the search for special-token text in the data. With mode "pairs" the
@@ -279,7 +282,7 @@ def load_examples(
             raise InputError(f"--{flag} must be at least 1, got {value}")
     report, counts, examples, seen = Report(strict), Counter(), [], set()
     special = special_text(tokenizer, *other_tokenizers)
-    records = chain.from_iterable(read_records(source, report, split) for source in sources)
+    records = chain.from_iterable(read_records(source, report, split, weight_column) for source in sources)
     bar = tqdm(desc="reading", unit=" rows", disable=not progress, mininterval=1.0)
     while block := list(islice(records, 256)):  # tokenizers are fast on many texts at once
         chosen = []
@@ -293,23 +296,26 @@ def load_examples(
                 if any(special.search(text) for text in responses + [m["content"] for m in record.prompt]):
                     raise Unusable("special-token text inside the data")
                 responses = [_as_rendered(tokenizer, record.prompt, response) for response in responses]
-                chosen.append((record, [record.scores[i] if record.scores else None for i in keep], responses))
+                columns = (record.scores, record.weights, labels(record) if mode == "labelled" else None)
+                numbers = [[column[i] if column else None for column in columns] for i in keep]
+                chosen.append((record, numbers, responses))
             except Unusable as reason:
                 report.drop(str(reason), record.where)
         encoded = encode_records(
             tokenizer, [(record.prompt, responses) for record, _, responses in chosen], max_prompt_tokens, max_response_tokens, counts
         )
-        for (record, scores, responses), ids in zip(chosen, encoded):
+        for (record, numbers, responses), ids in zip(chosen, encoded):
             if isinstance(ids, Unusable):
                 report.drop(str(ids), record.where)
                 continue
-            for response_ids, response, score in zip(ids[1], responses, scores):
+            for response_ids, response, (score, weight, desirable) in zip(ids[1], responses, numbers):
                 key = hashlib.blake2b(array("i", ids[0]).tobytes() + b"|" + array("i", response_ids).tobytes(), digest_size=16).digest()
                 if key in seen and mode != "pairs":
                     counts["equal (prompt, response) examples kept once"] += 1
                     continue
                 seen.add(key)
-                examples.append(Example(array("i", ids[0]), array("i", response_ids), record.prompt, response, score, record.where))
+                ids_as_arrays = array("i", ids[0]), array("i", response_ids)
+                examples.append(Example(*ids_as_arrays, record.prompt, response, score, record.where, weight, desirable))
         bar.update(len(block))
     bar.close()
     if not examples:
@@ -379,7 +385,22 @@ class Plan:
     settings: dict
 
 
-def load_plan(args, mode, show=True):
+def make_plan(examples, args, mode, pairs=False, name=None):
+    """The Plan of these examples. `pairs`: a micro-batch is B pairs, its 2B rows chosen, rejected, chosen, ... `name`: print under it."""
+    units = list(zip(examples[0::2], examples[1::2])) if pairs else examples
+    batches, notes = plan_micro_batches(units, args.batch_size, args.partners, args.seed)
+    if pairs:
+        batches = [[row for pair in batch for row in (2 * pair, 2 * pair + 1)] for batch in batches]
+    settings = {"responses": mode, "batch_size": args.batch_size, "partners": args.partners, "seed": args.seed}
+    settings |= {"max_prompt_tokens": args.max_prompt_tokens, "max_response_tokens": args.max_response_tokens}
+    if name:
+        what = "pairs" if pairs else "examples"
+        print(f"{name}: {len(units):,} {what} in {len(batches):,} micro-batches of B = {args.batch_size}")
+        print("".join(f"  {n:,} {note}\n" for note, n in notes.items()), end="")
+    return Plan(examples, batches, settings)
+
+
+def load_plan(args, mode, show=True, pairs=False, weight_column=None):
     """What train.py and tables.py do with their flags -> (tokenizer, the reward model's tokenizer or None, Plan, held-out Plan or None).
 
     Only tokenizers are loaded, so every fault of the data is met before a model is. InputError: as load_examples and the plan.
@@ -394,7 +415,7 @@ def load_plan(args, mode, show=True):
 
     def load(sources):
         examples, report, counts = load_examples(
-            sources, tokenizer, mode, args.max_prompt_tokens, args.max_response_tokens, args.split, args.strict, others, progress=show
+            sources, tokenizer, mode, args.max_prompt_tokens, args.max_response_tokens, args.split, args.strict, others, show, weight_column
         )
         if show:
             print(f"{', '.join(sources)} (--responses {mode})\n{describe(examples, report, counts)}")
@@ -403,22 +424,10 @@ def load_plan(args, mode, show=True):
     examples, held_out = load(args.data), load(args.eval_data) if args.eval_data else []
     if args.eval_fraction and not args.eval_data:
         examples, held_out = hold_out(examples, args.eval_fraction, args.seed)
-    plans = []
-    for name, part in (("training", examples), ("held out", held_out)):
-        if not part:
-            plans.append(None)
-            continue
-        batches, notes = plan_micro_batches(part, args.batch_size, args.partners, args.seed)
-        settings = {"responses": mode, "batch_size": args.batch_size, "partners": args.partners, "seed": args.seed}
-        settings |= {"max_prompt_tokens": args.max_prompt_tokens, "max_response_tokens": args.max_response_tokens}
-        plans.append(Plan(part, batches, settings))
-        if show:
-            print(
-                f"{name}: {len(part):,} examples in {len(batches):,} micro-batches of B = {args.batch_size}"
-                + "".join(f"\n  {n:,} {what}" for what, n in notes.items())
-            )
-    if plans[0] is None:
+    if not examples:
         raise InputError(f"--eval_fraction {args.eval_fraction} leaves no example to train on")
+    names = ("training", "held out") if show else (None, None)
+    plans = [make_plan(part, args, mode, pairs, name) if part else None for name, part in zip(names, (examples, held_out))]
     return tokenizer, reward_tokenizer, *plans
 
 

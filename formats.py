@@ -50,6 +50,7 @@ class Record:
     chosen: int | None = None
     rejected: int | None = None
     desirable: list | None = None  # a bool per response (KTO's label)
+    weights: list | None = None  # a number per response, of the column the caller named
 
 
 @dataclass
@@ -175,15 +176,21 @@ def _read_json(source, name):
 # Rows -> records
 
 
-def read_records(source, report, split="train"):
-    """Yield a `Record` per usable row of `source`; `report` counts the others. InputError: a bad file, an unknown shape, no usable row."""
+def read_records(source, report, split="train", weight_column=None):
+    """Yield a `Record` per usable row of `source`; `report` counts the others. InputError: a bad file, an unknown shape, no usable row.
+
+    `weight_column`: a number per row, or a list with one for each response; rows without it are not usable.
+    """
     usable = 0
     for where, row in read_rows(source, split):
         report.rows += 1
         if not isinstance(row, dict):
             raise InputError(f"{where}: a row must be an object with named columns, got {type(row).__name__}")
         try:
-            record = _without_blank_responses(to_record(row, where), report)
+            record = to_record(row, where)
+            if weight_column:
+                record.weights = _weights(row, weight_column, len(record.responses))
+            record = _without_blank_responses(record, report)
             "".join([m["content"] for m in record.prompt] + record.responses).encode()
         except Unusable as reason:
             report.drop(str(reason), where)
@@ -376,7 +383,18 @@ def _without_blank_responses(record, report):
     report.drop("an empty or blank response among several (the others stay)", record.where)
     record.responses = [record.responses[i] for i in keep]
     record.scores = record.scores and [record.scores[i] for i in keep]
+    record.weights = record.weights and [record.weights[i] for i in keep]
     return record
+
+
+def _weights(row, column, responses):
+    value = row.get(column)
+    if value is None and isinstance(row.get("completions"), list):
+        value = [completion.get(column) for completion in row["completions"]]
+    weights = [_number(v) for v in value] if isinstance(value, list) else [_number(value)] * responses
+    if None in weights or len(weights) != responses:
+        raise Unusable(f"no number for each response in the column {column!r}")
+    return weights
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -400,11 +418,26 @@ def best_and_worst(record):
     return best, worst if record.scores[worst] < record.scores[best] else None
 
 
+def labels(record):
+    """Desirable or not, for each response: as the data says, else chosen or rejected, else scored above or below the row's mean; None = neither."""
+    if record.desirable is not None:
+        return record.desirable
+    if record.chosen is not None:
+        return [{record.chosen: True, record.rejected: False}.get(i) for i in range(len(record.responses))]
+    known = [score for score in record.scores or [] if score is not None]
+    mean = sum(known) / max(1, len(known))
+    return [None if score is None or score == mean else score > mean for score in record.scores or [None] * len(record.responses)]
+
+
 def choose_responses(record, mode):
     """Indices of the responses that `--responses` keeps: all; chosen (the stated one, else the best); best (by score, else the stated
-    one); pairs ([preferred, dispreferred]). Unusable: the row has none."""
+    one); pairs ([preferred, dispreferred]); labelled (those that are desirable or not). Unusable: the row has none."""
     if mode == "all":
         return list(range(len(record.responses)))
+    if mode == "labelled":
+        if labelled := [i for i, label in enumerate(labels(record)) if label is not None]:
+            return labelled
+        raise Unusable("no label: all scores are equal" if record.scores else "no label, no preference and no scores")
     if mode == "best" and record.scores and any(score is not None for score in record.scores):
         return [max((i for i, s in enumerate(record.scores) if s is not None), key=lambda i: record.scores[i])]
     best, worst = best_and_worst(record)

@@ -20,6 +20,7 @@ depends on; a table that does not fit what is about to be trained is refused wit
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -245,9 +246,11 @@ def either_way(group, model, per_token=0.0):
     return scored
 
 
-def cells_of(batch, which):
-    """Places (i, j) of a micro-batch that are measured: "all", or the "matched" diagonal."""
-    return [(i, j) for i in range(len(batch)) for j in range(len(batch)) if which == "all" or i == j]
+@functools.lru_cache
+def cells_of(K, which):
+    """Places (i, j) of a micro-batch of K rows that are measured: "all", the "matched" diagonal, or "neighbours": (i, i) and (i, i+1 mod K)."""
+    columns = {"all": lambda i: range(K), "matched": lambda i: [i], "neighbours": lambda i: [i, (i + 1) % K]}[which]
+    return [(i, j) for i in range(K) for j in columns(i)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -272,8 +275,8 @@ class Tables:
         return self.rewards[m, :K, :K], logps / lengths if ref_logps == "mean" else logps  # column j holds y_j: divide columns
 
     def lacks(self, name, m, which):
-        values = getattr(self, name)[m, : (K := int((self.response_tokens[m] > 0).sum())), :K]
-        return bool((values if which == "all" else values.diagonal()).isnan().any())
+        rows, columns = zip(*cells_of(int((self.response_tokens[m] > 0).sum()), which))
+        return bool(getattr(self, name)[m, rows, columns].isnan().any())
 
     def take(self, tensors):
         for name in ("rewards", "ref_logps"):
@@ -284,7 +287,7 @@ class Tables:
 
 
 def build_tables(path, plan, wanted, needed, accelerator, tokenizer, reward_tokenizer, args):
-    """Measure what `wanted` ({"rewards": "all" | "matched" | None, "ref_logps": ...}) lacks for the micro-batches `needed` -> Tables.
+    """Measure what `wanted` ({"rewards": "all" | "matched" | "neighbours" | None, "ref_logps": ...}) lacks for the micro-batches `needed` -> Tables.
 
     Reads the file at `path` and finished pieces, measures the rest (every process its share), writes the file. The models are loaded
     one after the other, only if there is something to measure, and are gone afterwards.
@@ -354,7 +357,7 @@ def measure(name, which, todo, parts, plan, accelerator, tokenizer, reward_token
     parts.mkdir(parents=True, exist_ok=True)
 
     def values_of(batches):
-        cells = [(m, i, j) for m in batches for i, j in cells_of(plan.batches[m], which)]
+        cells = [(m, i, j) for m in batches for i, j in cells_of(len(plan.batches[m]), which)]
         example = lambda m, i: plan.examples[plan.batches[m][i]]
         # as in training: the same autocast, so that the diagonal is the policy's own log-prob at step 0; the reward model has its own dtype
         with torch.no_grad(), accelerator.autocast() if name == "ref_logps" else torch.autocast(accelerator.device.type, enabled=False):
@@ -368,7 +371,7 @@ def measure(name, which, todo, parts, plan, accelerator, tokenizer, reward_token
         minutes = (time.perf_counter() - start) * tokens / forward_tokens(plan, mine[0][0], which) / accelerator.num_processes / 60
         if accelerator.is_main_process:
             print(
-                f"{name}: {len(todo):,} micro-batches, {tokens:,} forward tokens (each prompt once, {'every' if which == 'all' else 'its own'} response), about {minutes:.1f} minutes"
+                f"{name}: {len(todo):,} micro-batches, {tokens:,} forward tokens (each prompt once, with {'every response' if which == 'all' else f'{which} responses'}), about {minutes:.1f} minutes"
             )
     bar = tqdm(total=sum(map(len, mine)), desc=name, unit=" micro-batches", disable=not accelerator.is_main_process, mininterval=1.0)
     B = max(map(len, plan.batches))
@@ -394,7 +397,7 @@ def forward_tokens(plan, m, which):
     """Tokens that scoring micro-batch m runs through the model, in the policy's tokens: each prompt once, then its responses."""
     rows = [plan.examples[i] for i in plan.batches[m]]
     responses = sum(len(e.response_ids) for e in rows)
-    return sum(len(e.prompt_ids) for e in rows) + responses * (len(rows) if which == "all" else 1)
+    return sum(len(e.prompt_ids) for e in rows) + responses * {"all": len(rows), "neighbours": 2, "matched": 1}[which]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -12,9 +12,12 @@ VAR training (paper Algorithm 1): weights from tables measured once, then a loop
 OUT/ becomes a plain Hugging Face folder; beside it run.json (settings, versions, fingerprints), metrics.jsonl (one line per optimizer
 step, means over all processes), tables.safetensors, checkpoints/ (for --resume) and eval/ (generations along training and their rewards).
 
-Departures from the paper, besides those in var.py:
-1. The loss is divided by one constant, the mean response length of the training set, so that it reads in nats per token. No minimiser
-   moves; clipping and AdamW's epsilon see smaller gradients. log pi_theta itself stays a sum over tokens.
+--loss takes the methods VAR is compared with through the same loop: the table in baselines/methods.py says what each of them reads.
+
+Departures from the paper, besides those in var.py and baselines/:
+1. The loss (of weighted likelihoods; DPO's and KTO's are numbers of their own) is divided by one constant, the mean response length of the
+   training set, so that it reads in nats per token. No minimiser moves; clipping and AdamW's epsilon see smaller gradients. log pi_theta
+   itself stays a sum over tokens.
 2. --ref_logps mean, the default, uses pi_ref(y|x)^(1/|y|) in Zhat (see var.py, departure 3).
 3. Warm-up, clipping and weight decay are not stated in the paper; ours are flags.
 """
@@ -22,9 +25,8 @@ Departures from the paper, besides those in var.py:
 import argparse
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 
+from baselines.methods import LOSSES, Batch, mismatched
 from data import add_data_flags, add_loading_flags, add_plan_flags, check_model_name, collate, load_plan, pad_id, step_micro_batches
 from formats import InputError, run
 
@@ -32,22 +34,26 @@ from formats import InputError, run
 # fmt: off
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Train a policy with VAR (Algorithm 1) or plain SFT. Without --model and --data: VAR on the miniature world, with its own settings."
+        description="Train a policy with VAR (Algorithm 1) or a method it is compared with. Without --model and --data: on the miniature world, with its own settings."
     )
     add = parser.add_argument_group("what").add_argument
     add("--model", help="the policy to train, folder or hub name")
     add("--ref_model", help="the reference pi_ref (default: --model before any update, as in the paper)")
     add("--reward_model", help="r(x, y): a one-label sequence classifier, folder or hub name. Scores in the data can replace it with --estimator constant or --partners group")
-    add("--output_dir", default="runs/var", help="where everything is written (default: %(default)s)")
+    add("--output_dir", help="where everything is written (default: runs/LOSS)")
     add("--tables", metavar="FILE", help="the tables of Algorithm 1 lines 3-5; built if missing, checked if there (default: OUTPUT_DIR/tables.safetensors)")
-    add("--loss", choices=["var", "sft"], default="var", help="default: %(default)s")
-    add_data_flags(parser, responses="all for var, chosen for sft")
+    add("--loss", choices=list(LOSSES), default="var", help="the method, see baselines/methods.py (default: %(default)s)")
+    add_data_flags(parser, responses="; ".join(f"{loss.responses} for {name}" for name, loss in LOSSES.items()))
     add_plan_flags(parser)
-    add = parser.add_argument_group("weights (var)").add_argument
-    add("--beta", type=float, default=1.0, help="temperature of exp(r/beta), in units of the raw reward (default: %(default)s; not stated in the paper)")
-    add("--estimator", choices=["paper", "monte_carlo", "constant"], default="paper", help="Zhat: Sec. 3.2 verbatim, without its pi_ref factor, or 1 (default: %(default)s)")
-    add("--ref_logps", choices=["mean", "sum"], default="mean", help="log pi_ref in Zhat: per-token mean, or the sum, which is the paper to the letter and overflows on long texts (default: %(default)s)")
-    add("--normalize_weights", action="store_true", help="divide the weights of a micro-batch by their mean (not in the paper)")
+    add = parser.add_argument_group("the loss").add_argument
+    add("--beta", type=float, help="var: temperature of exp(r/beta), in units of the raw reward; dpo, kto: of the log-ratio; rlol: subtracted (default: var 1, the others 0.1; none is stated in the paper)")
+    add("--estimator", choices=["paper", "monte_carlo", "constant"], default="paper", help="var: Zhat: Sec. 3.2 verbatim, without its pi_ref factor, or 1 (default: %(default)s)")
+    add("--ref_logps", choices=["mean", "sum"], default="mean", help="var: log pi_ref in Zhat: per-token mean, or the sum, which is the paper to the letter and overflows on long texts (default: %(default)s)")
+    add("--normalize_weights", action="store_true", help="var: divide the weights of a micro-batch by their mean (not in the paper)")
+    add("--weight_column", default="weight", metavar="NAME", help="wsft: the data's column with a number per row, or a list with one per response (default: %(default)s)")
+    add("--label_smoothing", type=float, default=0.0, metavar="E", help="dpo: share of the pairs assumed to be the wrong way round (default: %(default)s)")
+    add("--clip", type=float, default=0.9, metavar="E", help="alol, rlol: pi_theta/pi_ref is bounded to [1-E, 1+E] (default: %(default)s, as A-LoL's own code)")
+    add("--value_prompts", type=int, default=1000, metavar="N", help="alol: training prompts the reference answers to fit V(x) (default: %(default)s)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=float, default=1e-5, help="peak learning rate of AdamW (default: %(default)s; paper: 1e-5 and 5e-6)")
     add("--epochs", type=float, default=2.0, help="passes over the micro-batches (default: %(default)s; paper: 2)")
@@ -73,8 +79,8 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
     if args.model is None or args.data is None:
         parser.error("--model and --data go together (without both, the miniature world is trained)")
-    above_zero = ("beta", "lr", "epochs", "max_steps", "accum", "eval_every", "max_grad_norm", "keep", "max_reward_tokens")
-    from_zero = ("warmup_ratio", "weight_decay", "eval_prompts", "save_every", "seed")
+    above_zero = ("value_prompts", "beta", "lr", "epochs", "max_steps", "accum", "eval_every", "max_grad_norm", "keep", "max_reward_tokens")
+    from_zero = ("clip", "label_smoothing", "warmup_ratio", "weight_decay", "eval_prompts", "save_every", "seed")
     for name in above_zero + from_zero:
         value = getattr(args, name)
         if value is not None and not (0 < value < float("inf") or (value == 0 and name in from_zero)):
@@ -85,6 +91,21 @@ def parse_args(argv=None):
         parser.error(f"--warmup_ratio is a share of the steps, from 0 to 1, got {args.warmup_ratio}")
     if args.loss == "var" and args.estimator != "constant" and args.batch_size < 2:
         parser.error(f"--batch_size {args.batch_size}: with a single response in the micro-batch the reward cancels out of Zhat; use 2 or more, or --estimator constant")
+    loss = LOSSES[args.loss]
+    if loss.responses in ("pairs", "labelled") and args.responses not in (None, loss.responses):
+        parser.error(f"--responses {args.responses}: --loss {args.loss} takes {loss.responses}, and nothing else")
+    if loss.responses in ("pairs", "labelled") and args.partners == "group":
+        parser.error(f"--partners group: for --loss {args.loss}, rows of a micro-batch come from any prompts; leave it out")
+    if loss.mismatched and args.batch_size < 2:
+        parser.error(f"--batch_size {args.batch_size}: --loss {args.loss} estimates its KL from mismatched pairs of the micro-batch; use 2 or more")
+    if args.label_smoothing >= 0.5:
+        parser.error(f"--label_smoothing {args.label_smoothing}: from 0.5 on, the rejected response would be preferred; use less")
+    if loss.reward_model and args.reward_model is None:
+        parser.error(f"--reward_model is missing: --loss {args.loss} scores the reference's own samples")
+    own = {flag for other in LOSSES.values() for flag in other.reads.split()} - set(loss.reads.split())
+    args.not_read = sorted(flag for flag in own if getattr(args, flag) != parser.get_default(flag))
+    args.beta = args.beta if args.beta is not None else loss.beta
+    args.output_dir = args.output_dir or f"runs/{args.loss}"
     if args.loss == "var" and args.reward_model is None and args.estimator != "constant" and args.partners != "group":
         parser.error("--reward_model is missing (scores in the data can replace it with --estimator constant or --partners group)")
     return args
@@ -109,7 +130,6 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from baselines.losses import sft_loss
 from eval import generate_rows, read_jsonl, sigmoid100, write_jsonl
 from model import (
     adamw,
@@ -125,34 +145,10 @@ from model import (
 )
 from reward import bind_scores, score
 from tables import build_tables, eval_path, plan_fingerprint, summary, weights_at_a_glance
-from var import log_partition, log_weights, var_loss, weights_from_log
+from var import log_weights, weights_from_log
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Losses
-
-
-@dataclass
-class Loss:
-    """What a loss needs and how it is computed. The loop knows nothing else about it."""
-
-    responses: str  # what --responses means by default
-    tables: Callable  # args -> which cells of the tables it reads: "all", the "matched" diagonal, or None
-    compute: Callable  # policy_logps (K,), rewards (K, K), ref_logps (K, K), args -> ()
-
-
-VAR_TABLES = {  # what each estimator of Zhat reads
-    "paper": {"rewards": "all", "ref_logps": "all"},
-    "monte_carlo": {"rewards": "all", "ref_logps": None},
-    "constant": {"rewards": "matched", "ref_logps": None},
-}
-LOSSES = {
-    "var": Loss(
-        responses="all",
-        tables=lambda args: VAR_TABLES[args.estimator],
-        compute=lambda logps, rewards, ref, args: var_loss(logps, rewards, ref, args.beta, args.estimator, args.normalize_weights),
-    ),
-    "sft": Loss(responses="chosen", tables=lambda args: None, compute=lambda logps, rewards, ref, args: sft_loss(logps)),
-}
+# Look before the first step
 
 
 def check_weights(tables, needed, args, say):
@@ -177,18 +173,21 @@ def check_weights(tables, needed, args, say):
 # Files of a run
 
 
-def check_run(args, about, out):
-    """InputError if OUT holds another run, or this one without --resume. -> True if it holds this one, finished."""
-    file = out / "run.json"
+def check_folder(args, out):
+    """InputError if OUT holds a run, unless --resume, or a model that is no run's."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; --output_dir names a folder")
-    if not file.exists():
-        if (out / "config.json").exists():
-            raise InputError(f"{out}: already holds a model, which this run would replace; choose another --output_dir")
-        return False
-    if not args.resume:
+    if (out / "config.json").exists() and not (out / "run.json").exists():
+        raise InputError(f"{out}: already holds a model, which this run would replace; choose another --output_dir")
+    if (out / "run.json").exists() and not args.resume:
         raise InputError(f"{out}: already holds a run; --resume continues it, another --output_dir starts a new one")
-    found = json.loads(file.read_text())
+
+
+def check_run(about, out):
+    """InputError if OUT holds a run of other settings. -> True if it holds this one, finished."""
+    if not (out / "run.json").exists():
+        return False
+    found = json.loads((out / "run.json").read_text())
     free = {"resume", "keep", "save_every", "tracker", "output_dir"}  # these may differ from the first start
     old, new = ({**run["args"], **run["models"], "plan": run["plan"], "--num_processes": run["processes"]} for run in (found, about))
     if differs := [f"{k}: {old.get(k)} there, {new.get(k)} now" for k in old | new if k not in free and old.get(k) != new.get(k)]:
@@ -217,49 +216,48 @@ def list_checkpoints(out):
 # One micro-batch
 
 
-def forward(model, loss, plan, tables, m, args, tokenizer, device):
-    """Loss of micro-batch m in nats per response, and its sums for the metrics."""
-    batch = [plan.examples[i] for i in plan.batches[m]]
-    tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in collate(batch, pad_id(tokenizer)).items()}
-    policy_logps = sequence_logps(model, **tensors)  # (K,)  Algorithm 1 line 2
-    rewards, ref_logps = (t.to(device) for t in tables.micro_batch(m, args.ref_logps)) if tables else (None, None)  # (K, K), lines 3-4
-    value = loss.compute(policy_logps, rewards, ref_logps, args)  # lines 5-8
-    K = len(batch)
-    sums = {"rows": K, "tokens": sum(len(e.prompt_ids) + len(e.response_ids) for e in batch)}
-    sums |= {"loss": K * value.detach(), "policy_logps": policy_logps.detach().sum()}
-    if args.loss == "var":
-        log_w = log_weights(rewards, ref_logps, args.beta, args.estimator)  # (K,)
-        weights = weights_from_log(log_w, args.normalize_weights)
-        ess, share = weights_at_a_glance(rewards, ref_logps, args.beta, args.estimator)
-        sums |= {"rewards": rewards.diagonal().sum(), "log_z": log_partition(rewards, ref_logps, args.beta, args.estimator).sum()}
-        sums |= {"weights/mean": weights.sum(), "weights/ess": K * ess, "weights/max": weights.max()}
-        sums |= {} if share is None else {"weights/self_share": K * share}
-    return value, sums
+def forward(model, loss, plan, tables, m, args, tokenizer, accelerator):
+    """Loss of micro-batch m, and its metrics: {name: values (n,)}."""
+    examples = [plan.examples[i] for i in plan.batches[m]]
+
+    def logps_of(some):
+        return sequence_logps(model, **{k: v.to(accelerator.device, non_blocking=True) for k, v in collate(some, pad_id(tokenizer)).items()})
+
+    with torch.no_grad():  # before the forward with gradient: nothing may come between that and its backward (DDP, FSDP)
+        mismatched_logps = logps_of(mismatched(examples)) if loss.mismatched else None
+    policy_logps = logps_of(examples)  # (K,)  Algorithm 1 line 2
+    sums = "sum" if args.loss != "var" else args.ref_logps
+    rewards, ref_logps = (t.to(accelerator.device) for t in tables.micro_batch(m, sums)) if tables else (None, None)  # (K, K), lines 3-4
+    mean = lambda t: accelerator.reduce(t, "mean")
+    value, metrics = loss.compute(Batch(examples, policy_logps, rewards, ref_logps, mismatched_logps, mean), args)  # lines 5-8
+    return value, {"loss": value.detach().expand(len(examples)), "policy_logps": policy_logps.detach()} | metrics
 
 
 def reduce_metrics(accelerator, micro_batches, scale):
-    """Sums of this process's micro-batches -> means over all rows of all processes (weights/max: the maximum). The loss in nats per token."""
-    names = list(micro_batches[0])
-    mine = torch.tensor([[float(sums[name]) for name in names] for sums in micro_batches], dtype=torch.float64, device=accelerator.device)
-    if accelerator.device.type == "mps":
-        mine = mine.float()
-    table = dict(zip(names, accelerator.gather(mine).unbind(dim=1)))  # name -> one number per micro-batch of the step
-    rows = table["rows"].sum()
-    metrics = {name: (column.max() if name == "weights/max" else column.sum() / rows).item() for name, column in table.items()}
-    return metrics | {"loss": metrics["loss"] / scale, "rows": int(rows), "tokens": int(table["tokens"].sum())}
+    """Metrics of this process's micro-batches -> their means over all values of all processes (.../max: the largest). The loss is divided by scale."""
+    columns = {name: torch.cat([one[name] for one in micro_batches]).float() for name in micro_batches[0]}
+    some = {name: len(values) > 0 for name, values in columns.items()}
+    totals = [(values.max() if name.endswith("/max") else values.sum()) if some[name] else values.new_tensor(0.0) for name, values in columns.items()]
+    mine = torch.stack([torch.stack(totals), totals[0].new_tensor([len(values) for values in columns.values()])])  # (2, names)
+    table, metrics = accelerator.gather(mine[None]), {}  # (P, 2, names)
+    for n, name in enumerate(columns):
+        total, count = table[:, 0, n], table[:, 1, n]
+        if count.sum() > 0:  # a step may hold no undesirable response, say
+            metrics[name] = (total[count > 0].max() if name.endswith("/max") else total.sum() / count.sum()).item()
+    return metrics | {"loss": metrics["loss"] / scale}
 
 
 @torch.no_grad()
 def evaluate(accelerator, model, loss, plan, tables, args, tokenizer, scale):
     """Loss on the held-out micro-batches, shared out among the processes. Leaves training's random state as it was."""
-    P, sums = accelerator.num_processes, []
+    P, found = accelerator.num_processes, []
     model.eval()
     for start in range(0, len(plan.batches), P):  # every process runs equally often, or FSDP would wait forever
         m = start + accelerator.process_index
-        one = forward(model, loss, plan, tables, m % len(plan.batches), args, tokenizer, accelerator.device)[1]
-        sums.append(one if m < len(plan.batches) else {name: 0 for name in one})
+        one = forward(model, loss, plan, tables, m % len(plan.batches), args, tokenizer, accelerator)[1]
+        found.append(one if m < len(plan.batches) else {name: values[:0] for name, values in one.items()})
     model.train()
-    return {f"eval/{name}": value for name, value in reduce_metrics(accelerator, sums, scale).items() if name not in ("rows", "tokens")}
+    return {f"eval/{name}": value for name, value in reduce_metrics(accelerator, found, scale).items()}
 
 
 def score_evaluations(out, reward_tokenizer, args, device):
@@ -300,19 +298,32 @@ def main(args):
     if args.reward_model:
         check_reward_model(args.reward_model, args.trust_remote_code)
 
+    if args.not_read:
+        say(f"note: --loss {args.loss} does not read {', '.join('--' + flag for flag in args.not_read)}")
+    check_folder(args, out)
+
     # Data and plan. Nothing but tokenizers is loaded yet, so faults of the data cost no time.
-    tokenizer, reward_tokenizer, plan, eval_plan = load_plan(args, args.responses or loss.responses, main_process)
+    mode, weight_column = args.responses or loss.responses, args.weight_column if args.loss == "wsft" else None
+    tokenizer, reward_tokenizer, plan, eval_plan = load_plan(args, mode, main_process, loss.pairs, weight_column)
+    if args.loss == "alol":
+        from baselines.alol import keep_advantageous
+
+        plan = keep_advantageous(plan, eval_plan, accelerator, tokenizer, reward_tokenizer, args, out / "advantages.json")
+    if args.loss == "wsft" and (negative := sum(e.weight < 0 for e in plan.examples)):
+        say(f"warning: {negative:,} of {len(plan.examples):,} weights are negative: the loss falls without bound as these responses become "
+              "impossible (PAPER.md, Eq. 12)")  # fmt: skip
     M = len(plan.batches)
     total_steps = args.max_steps or math.ceil(args.epochs * M / accum)
     needed = {m for step in range(total_steps) for m in step_micro_batches(step, accum, M, args.seed)}
-    scale = sum(len(e.response_ids) for e in plan.examples) / len(plan.examples)  # the constant of departure 1, in tokens
+    mean_response_tokens = sum(len(e.response_ids) for e in plan.examples) / len(plan.examples)
+    scale = mean_response_tokens if loss.per_token else 1.0  # departure 1
     eval_every = args.eval_every or max(1, total_steps // 5) if eval_plan else 0
     say(f"{total_steps:,} optimizer steps x {accum} micro-batches x B = {args.batch_size}, on {P} process(es), {device}")
     versions = {"python": sys.version.split()[0]} | {package.__name__: package.__version__ for package in (torch, transformers, accelerate)}
     models = {name: fingerprint(name) for name in {args.model, args.ref_model, args.reward_model} - {None}}
     about = {"args": vars(args), "models": models, "plan": plan_fingerprint(plan), "versions": versions, "processes": P}
-    about |= {"device": str(device), "steps": total_steps, "accum": accum, "eval_every": eval_every, "mean_response_tokens": scale}
-    if check_run(args, about, out):
+    about |= {"device": str(device), "steps": total_steps, "accum": accum, "eval_every": eval_every, "mean_response_tokens": mean_response_tokens}
+    if check_run(about, out):
         return say(f"{out}: this run is finished")
 
     # Tables: Algorithm 1 lines 3-5, measured once. Reference and reward model are gone afterwards.
@@ -323,8 +334,9 @@ def main(args):
         if eval_plan:
             every = range(len(eval_plan.batches))
             eval_tables = build_tables(eval_path(path), eval_plan, wanted, every, accelerator, tokenizer, reward_tokenizer, args)
-        say(summary(tables, needed, args.ref_logps, args.estimator))
-        check_weights(tables, needed, args, say)
+        if args.loss == "var":
+            say(summary(tables, needed, args.ref_logps, args.estimator))
+            check_weights(tables, needed, args, say)
 
     # Model, optimizer, and where a killed run had got to
     accelerate.utils.set_seed(args.seed)
@@ -370,14 +382,15 @@ def main(args):
         start = time.perf_counter()
         micro_batches = step_micro_batches(step, accum, M, args.seed)  # of all processes; the same list everywhere
         rows_of_step = sum(len(plan.batches[m]) for m in micro_batches)
-        mine, sums = micro_batches[accelerator.process_index :: P], []
+        tokens = sum(len(e.prompt_ids) + len(e.response_ids) for m in micro_batches for e in (plan.examples[i] for i in plan.batches[m]))
+        mine, found = micro_batches[accelerator.process_index :: P], []
         for k, m in enumerate(mine):
             with contextlib.nullcontext() if k == len(mine) - 1 else accelerator.no_sync(model):  # gradients are exchanged once a step
-                value, metrics = forward(model, loss, plan, tables, m, args, tokenizer, device)
+                value, metrics = forward(model, loss, plan, tables, m, args, tokenizer, accelerator)
                 # `value` is a mean over the micro-batch's rows; the step is the mean over all rows of all processes, whose gradients DDP averages
                 share = len(plan.batches[m]) * P / rows_of_step
                 accelerator.backward(value * share / scale)
-            sums.append(metrics)
+            found.append(metrics)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         lr = lr_at(step, total_steps, math.ceil(args.warmup_ratio * total_steps), args.lr)
         for group in optimizer.param_groups:
@@ -385,12 +398,12 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
 
-        metrics = reduce_metrics(accelerator, sums, scale)
+        metrics = {"rows": rows_of_step} | reduce_metrics(accelerator, found, scale)
         if not math.isfinite(metrics["loss"]) or not math.isfinite(float(grad_norm)):
             raise InputError(
                 f"step {step + 1}: loss {metrics['loss']}, gradient norm {float(grad_norm)}; the last checkpoint is kept. A smaller --lr, or --dtype float32, usually helps"
             )
-        metrics |= {"lr": lr, "grad_norm": float(grad_norm), "tokens_per_second": metrics.pop("tokens") / (time.perf_counter() - start)}
+        metrics |= {"lr": lr, "grad_norm": float(grad_norm), "tokens_per_second": tokens / (time.perf_counter() - start)}
         if eval_every and ((step + 1) % eval_every == 0 or step + 1 == total_steps):
             metrics |= evaluate_at(step + 1)
         log(step + 1, metrics)

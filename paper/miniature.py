@@ -180,7 +180,7 @@ def train_settings():
         "data": [f"{FOLDER}/train.jsonl"],
         "eval_data": [f"{FOLDER}/held_out.jsonl"],
     }
-    return paths | {"beta": BETA, "lr": 1e-3, "epochs": 4.0, "max_response_tokens": 64, "save_every": 0, "miniature": True}
+    return paths | {"lr": 1e-3, "epochs": 4.0, "max_response_tokens": 64, "save_every": 0, "miniature": True}
 
 
 def call(program, command, log):

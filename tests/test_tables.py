@@ -663,7 +663,7 @@ def test_the_minutes_are_the_time_of_one_micro_batch_scaled_by_its_tokens(world,
     monkeypatch.setattr(tables_file, "time", SimpleNamespace(perf_counter=iter([0.0, 60.0]).__next__))
     _, plan = build(tmp_path / "t.safetensors", world, {"rewards": None, "ref_logps": "all"}, **FEW)
     tokens = [sum(len(plan.examples[i].prompt_ids) + 2 * len(plan.examples[i].response_ids) for i in batch) for batch in plan.batches]
-    assert f"{sum(tokens):,} forward tokens (each prompt once, every response), about {sum(tokens) / tokens[0]:.1f} minutes" in capsys.readouterr().out
+    assert f"{sum(tokens):,} forward tokens (each prompt once, with every response), about {sum(tokens) / tokens[0]:.1f} minutes" in capsys.readouterr().out
 
 
 def by_hand(rewards, ref_logps, lengths, beta, mode):

@@ -536,12 +536,12 @@ def flags_of(monkeypatch):
 
 
 def test_every_flag_is_explained_and_the_defaults_are_the_papers(monkeypatch):
-    """Sec. 4.1: AdamW, cosine, learning rate 1e-5 (or 5e-6), B = 8, two epochs. Issue, point 7: the flags there must be."""
+    """Sec. 4.1: AdamW, cosine, learning rate 1e-5 (or 5e-6), B = 8, two epochs. And the flags that must be there are."""
     flags = flags_of(monkeypatch)
     assert all(action.help for action in flags.values())
     promised = "model ref_model reward_model data eval_data eval_fraction batch_size accum epochs max_steps lr beta estimator partners ref_logps normalize_weights responses max_prompt_tokens max_response_tokens seed save_every keep resume output_dir loss tracker eval_every gradient_checkpointing"
     assert set(promised.split()) <= set(flags)
-    assert flags["lr"].default == 1e-5 and flags["batch_size"].default == 8 and flags["epochs"].default == 2 and flags["beta"].default == 1.0
+    assert flags["lr"].default == 1e-5 and flags["batch_size"].default == 8 and flags["epochs"].default == 2 and train.LOSSES["var"].beta == 1.0
     for name, word in {"lr": "paper: 1e-5 and 5e-6", "batch_size": "paper: 8", "epochs": "paper: 2", "warmup_ratio": "paper: cosine", "beta": "not stated in the paper"}.items():
         assert word in flags[name].help
     assert (flags["estimator"].default, flags["partners"].default, flags["loss"].default, flags["ref_logps"].default) == ("paper", "batch", "var", "mean")
