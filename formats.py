@@ -16,6 +16,7 @@ NAME:FOLDER). Shapes, recognised by their columns, in this order:
     prompt, completion, label                              label true = desirable (KTO)
     prompt | instruction (+ input), response | output [, reward | score]
     messages                                               the last assistant turn is the response
+    prompt | instruction (+ input) [, id], nothing else    a question to answer: for eval.py generate and baselines/grpo.py
 
 A prompt is a list of {"role", "content"} messages; a string is one user message, or a dialogue if it is written as HH does.
 Nothing is guessed: rows that fit no shape stop the program with their line, rows that cannot be used are dropped and counted.
@@ -241,6 +242,8 @@ def to_record(row, where):
     elif has("messages"):
         prompt, (response,) = _split_prompt({}, where, row["messages"])
         record = Record(prompt, [response], where)
+    elif set(row) <= {"prompt", "instruction", "input", "id"} and any(row.values()):
+        record = Record(_prompt(row, where), [], where)
     elif None in row.values():
         raise Unusable("a needed column is null")
     else:
@@ -376,7 +379,7 @@ def _ultrafeedback_score(completion):
 def _without_blank_responses(record, report):
     """A blank response is never trained on. Where the row states a preference it takes the row with it, elsewhere only itself."""
     keep = [i for i, response in enumerate(record.responses) if response.strip()]
-    if len(keep) == len(record.responses) and keep:
+    if len(keep) == len(record.responses):
         return record
     if not keep or record.chosen is not None:
         raise Unusable("an empty or blank response")
@@ -432,6 +435,8 @@ def labels(record):
 def choose_responses(record, mode):
     """Indices of the responses that `--responses` keeps: all; chosen (the stated one, else the best); best (by score, else the stated
     one); pairs ([preferred, dispreferred]); labelled (those that are desirable or not). Unusable: the row has none."""
+    if not record.responses:
+        raise Unusable("a prompt without a response")
     if mode == "all":
         return list(range(len(record.responses)))
     if mode == "labelled":

@@ -46,7 +46,7 @@ def parse_args(argv=None):
     add_data_flags(parser, responses="; ".join(f"{loss.responses} for {name}" for name, loss in LOSSES.items()))
     add_plan_flags(parser)
     add = parser.add_argument_group("the loss").add_argument
-    add("--beta", type=float, help="var: temperature of exp(r/beta), in units of the raw reward; dpo, kto: of the log-ratio; rlol: subtracted (default: var 1, the others 0.1; none is stated in the paper)")
+    add("--beta", type=float, help="var: temperature of exp(r/beta), in units of the raw reward; dpo, kto: of the log-ratio; rlol: subtracted (default: 1 for var, 0.1 for the others; not stated in the paper)")
     add("--estimator", choices=["paper", "monte_carlo", "constant"], default="paper", help="var: Zhat: Sec. 3.2 verbatim, without its pi_ref factor, or 1 (default: %(default)s)")
     add("--ref_logps", choices=["mean", "sum"], default="mean", help="var: log pi_ref in Zhat: per-token mean, or the sum, which is the paper to the letter and overflows on long texts (default: %(default)s)")
     add("--normalize_weights", action="store_true", help="var: divide the weights of a micro-batch by their mean (not in the paper)")
@@ -173,38 +173,83 @@ def check_weights(tables, needed, args, say):
 # Files of a run
 
 
-def check_folder(args, out):
-    """InputError if OUT holds a run, unless --resume, or a model that is no run's."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file; --output_dir names a folder")
-    if (out / "config.json").exists() and not (out / "run.json").exists():
-        raise InputError(f"{out}: already holds a model, which this run would replace; choose another --output_dir")
-    if (out / "run.json").exists() and not args.resume:
-        raise InputError(f"{out}: already holds a run; --resume continues it, another --output_dir starts a new one")
+class RunFiles:
+    """The folder a run leaves: run.json, metrics.jsonl, checkpoints/. Every process calls every method. Also used by baselines/grpo.py.
 
+    InputError at once if OUT holds a run, unless --resume, or a model that is no run's.
+    """
 
-def check_run(about, out):
-    """InputError if OUT holds a run of other settings. -> True if it holds this one, finished."""
-    if not (out / "run.json").exists():
-        return False
-    found = json.loads((out / "run.json").read_text())
-    free = {"resume", "keep", "save_every", "tracker", "output_dir"}  # these may differ from the first start
-    old, new = ({**run["args"], **run["models"], "plan": run["plan"], "--num_processes": run["processes"]} for run in (found, about))
-    if differs := [f"{k}: {old.get(k)} there, {new.get(k)} now" for k in old | new if k not in free and old.get(k) != new.get(k)]:
-        raise InputError(f"{out}: --resume with other settings ({'; '.join(differs)}); use the old ones or another --output_dir")
-    return found.get("finished", False)
+    def __init__(self, accelerator, out, args):
+        self.accelerator, self.out, self.args, self.about = accelerator, out, args, {}
+        if out.exists() and not out.is_dir():
+            raise InputError(f"{out}: is a file; --output_dir names a folder")
+        if (out / "config.json").exists() and not (out / "run.json").exists():
+            raise InputError(f"{out}: already holds a model, which this run would replace; choose another --output_dir")
+        if (out / "run.json").exists() and not args.resume:
+            raise InputError(f"{out}: already holds a run; --resume continues it, another --output_dir starts a new one")
 
+    def finished(self, about):
+        """True if OUT holds this run, done. `about`: what the run depends on besides flags and versions. InputError: OUT holds a run of other settings."""
+        versions = {"python": sys.version.split()[0]} | {package.__name__: package.__version__ for package in (torch, transformers, accelerate)}
+        self.about = {"args": vars(self.args), "versions": versions, "processes": self.accelerator.num_processes} | about
+        if not (self.out / "run.json").exists():
+            return False
+        found = json.loads((self.out / "run.json").read_text())
+        free = {"resume", "keep", "save_every", "tracker", "output_dir"}  # these may differ from the first start
+        old, new = ({**run["args"], **run["models"], "plan": run["plan"], "--num_processes": run["processes"]} for run in (found, self.about))
+        if differs := [f"{k}: {old.get(k)} there, {new.get(k)} now" for k in old | new if k not in free and old.get(k) != new.get(k)]:
+            raise InputError(f"{self.out}: --resume with other settings ({'; '.join(differs)}); use the old ones or another --output_dir")
+        return found.get("finished", False)
 
-def save_checkpoint(accelerator, out, step, keep):
-    """State of step `step` under its final name only once it is whole; then the oldest beyond `keep` go."""
-    folder = out / "checkpoints"
-    accelerator.save_state(folder / f".step_{step}")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        os.replace(folder / f".step_{step}", folder / f"step_{step}")
-        for old in list_checkpoints(out)[:-keep]:
-            shutil.rmtree(folder / f"step_{old}")
-    accelerator.wait_for_everyone()
+    def begin(self):
+        """Load the last checkpoint, if there is one, and open the files -> the step to begin with."""
+        first_step = max(list_checkpoints(self.out), default=0)
+        if first_step:
+            self.accelerator.load_state(self.out / "checkpoints" / f"step_{first_step}")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            if first_step:
+                print(f"resuming after step {first_step}")
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_json(self.out / "run.json", self.about)
+            old = read_jsonl(self.out / "metrics.jsonl", torn_end=True) if first_step else []
+            write_jsonl(self.out / "metrics.jsonl", [row for row in old if row["step"] <= first_step])
+        if self.args.tracker:
+            config = {k: v for k, v in vars(self.args).items() if isinstance(v, (int, float, str, bool))}
+            self.accelerator.init_trackers("var", config=config)
+        return first_step
+
+    def log(self, step, metrics):
+        if self.accelerator.is_main_process:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.accelerator.log(metrics, step=step)
+
+    def check_finite(self, step, metrics):
+        """InputError unless loss and gradient norm of this step are numbers."""
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            raise InputError(
+                f"step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the last checkpoint is kept. A smaller --lr, or --dtype float32, usually helps"
+            )
+
+    def save_checkpoint(self, step):
+        """State of step `step` under its final name only once it is whole; then the oldest beyond --keep go."""
+        folder = self.out / "checkpoints"
+        self.accelerator.save_state(folder / f".step_{step}")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            os.replace(folder / f".step_{step}", folder / f"step_{step}")
+            for old in list_checkpoints(self.out)[: -self.args.keep]:
+                shutil.rmtree(folder / f"step_{old}")
+        self.accelerator.wait_for_everyone()
+
+    def finish(self):
+        """The last thing a run does: only now does run.json say that it is finished."""
+        if self.accelerator.is_main_process:
+            write_json(self.out / "run.json", self.about | {"finished": True})
+            print(f"{self.out}: done, opens with AutoModelForCausalLM.from_pretrained({str(self.out)!r})")
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
 
 
 def list_checkpoints(out):
@@ -300,7 +345,7 @@ def main(args):
 
     if args.not_read:
         say(f"note: --loss {args.loss} does not read {', '.join('--' + flag for flag in args.not_read)}")
-    check_folder(args, out)
+    files = RunFiles(accelerator, out, args)
 
     # Data and plan. Nothing but tokenizers is loaded yet, so faults of the data cost no time.
     mode, weight_column = args.responses or loss.responses, args.weight_column if args.loss == "wsft" else None
@@ -319,11 +364,9 @@ def main(args):
     scale = mean_response_tokens if loss.per_token else 1.0  # departure 1
     eval_every = args.eval_every or max(1, total_steps // 5) if eval_plan else 0
     say(f"{total_steps:,} optimizer steps x {accum} micro-batches x B = {args.batch_size}, on {P} process(es), {device}")
-    versions = {"python": sys.version.split()[0]} | {package.__name__: package.__version__ for package in (torch, transformers, accelerate)}
     models = {name: fingerprint(name) for name in {args.model, args.ref_model, args.reward_model} - {None}}
-    about = {"args": vars(args), "models": models, "plan": plan_fingerprint(plan), "versions": versions, "processes": P}
-    about |= {"device": str(device), "steps": total_steps, "accum": accum, "eval_every": eval_every, "mean_response_tokens": mean_response_tokens}
-    if check_run(about, out):
+    about = {"models": models, "plan": plan_fingerprint(plan), "device": str(device), "steps": total_steps, "accum": accum, "eval_every": eval_every}
+    if files.finished(about | {"mean_response_tokens": mean_response_tokens}):
         return say(f"{out}: this run is finished")
 
     # Tables: Algorithm 1 lines 3-5, measured once. Reference and reward model are gone afterwards.
@@ -344,24 +387,7 @@ def main(args):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model, optimizer = accelerator.prepare(model, adamw(model, args.lr, args.weight_decay))
-    first_step = max(list_checkpoints(out), default=0) if args.resume else 0
-    if first_step:
-        accelerator.load_state(out / "checkpoints" / f"step_{first_step}")
-        say(f"resuming after step {first_step}")
-    accelerator.wait_for_everyone()
-    if main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "run.json", about)
-        old = read_jsonl(out / "metrics.jsonl", torn_end=True) if first_step else []
-        write_jsonl(out / "metrics.jsonl", [row for row in old if row["step"] <= first_step])
-    if args.tracker:
-        accelerator.init_trackers("var", config={k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))})
-
-    def log(step, metrics):
-        if main_process:
-            with open(out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
-        accelerator.log(metrics, step=step)
+    first_step = files.begin()
 
     def evaluate_at(step):
         numbers = evaluate(accelerator, model, loss, eval_plan, eval_tables, args, tokenizer, scale)
@@ -375,7 +401,7 @@ def main(args):
 
     # The loop
     if eval_every and not first_step:
-        log(0, evaluate_at(0))
+        files.log(0, evaluate_at(0))
     steps = range(first_step, total_steps)
     bar = tqdm(steps, initial=first_step, total=total_steps, desc=args.loss, disable=not main_process, mininterval=1.0)
     for step in bar:
@@ -399,17 +425,14 @@ def main(args):
         optimizer.zero_grad()
 
         metrics = {"rows": rows_of_step} | reduce_metrics(accelerator, found, scale)
-        if not math.isfinite(metrics["loss"]) or not math.isfinite(float(grad_norm)):
-            raise InputError(
-                f"step {step + 1}: loss {metrics['loss']}, gradient norm {float(grad_norm)}; the last checkpoint is kept. A smaller --lr, or --dtype float32, usually helps"
-            )
         metrics |= {"lr": lr, "grad_norm": float(grad_norm), "tokens_per_second": tokens / (time.perf_counter() - start)}
+        files.check_finite(step, metrics)
         if eval_every and ((step + 1) % eval_every == 0 or step + 1 == total_steps):
             metrics |= evaluate_at(step + 1)
-        log(step + 1, metrics)
+        files.log(step + 1, metrics)
         bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < total_steps:
-            save_checkpoint(accelerator, out, step + 1, args.keep)  # last, so that resuming never has to look back
+            files.save_checkpoint(step + 1)  # last, so that resuming never has to look back
 
     # Save, then score what was generated along the way (Figure 2); the reward model is loaded once, after training
     state = accelerator.get_state_dict(model)
@@ -418,11 +441,7 @@ def main(args):
     model, optimizer = accelerator.free_memory(model, optimizer)
     if main_process and reward_tokenizer and (out / "eval").exists():
         score_evaluations(out, reward_tokenizer, args, device)
-    if main_process:
-        write_json(out / "run.json", about | {"finished": True})
-    say(f"{out}: done, opens with AutoModelForCausalLM.from_pretrained({args.output_dir!r})")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    files.finish()
 
 
 if __name__ == "__main__":
