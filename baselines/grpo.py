@@ -245,7 +245,8 @@ def main(args):
         clock["sampling"] = time.perf_counter()
 
         # 2. reward, 3. advantage
-        rewards = torch.tensor(reward([(messages, text) for (messages, _), text in zip(rows, texts)])).view(len(mine), args.samples)  # (G/P, K)
+        rewards = torch.tensor(reward([(messages, text) for (messages, _), text in zip(rows, texts)]), dtype=torch.float32)
+        rewards = rewards.view(len(mine), args.samples)  # (G/P, K)
         advantages = group_advantages(rewards).flatten().to(device)  # (n,)
         clock["rewards"] = time.perf_counter()
 
