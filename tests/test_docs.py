@@ -20,7 +20,8 @@ def test_every_test_named_in_paper_md_exists():
 def test_every_function_and_file_named_in_the_documents_exists():
     """`module.function` can be imported, `path/file.py` is there."""
     for text in (README, PAPER):
-        for module, name in re.findall(r"`(var|formats|data|model|reward|tables|train|eval)\.(?!py\b)(\w+)`", text):
+        for module, name in re.findall(r"`(var|formats|data|model|reward|tables|train|eval|losses|methods|alol|grpo)\.(?!py\b)(\w+)`", text):
+            module = f"baselines.{module}" if module in ("losses", "methods", "alol", "grpo") else module
             assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
         for file in re.findall(r"`((?:\w+/)*\w+\.(?:py|md|txt|toml))`", text):
             assert (ROOT / file).exists() or (ROOT / "tests" / file).exists(), file
@@ -28,7 +29,7 @@ def test_every_function_and_file_named_in_the_documents_exists():
             assert (ROOT / file).exists(), file
 
 
-COMMANDS = [line.split("#")[0].strip() for text in (README, PAPER) for line in re.findall(r"^    (?:\S*accelerate launch.*|python \w+\.py.*)$", text, re.M)]
+COMMANDS = [line.split("#")[0].strip() for text in (README, PAPER) for line in re.findall(r"^    (?:\S*accelerate launch.*|python [\w/]+\.py.*)$", text, re.M)]
 COMMANDS = [re.sub(r"^accelerate launch --num_processes \d+ ", "python ", line.strip()) for line in COMMANDS]
 
 
@@ -36,7 +37,7 @@ COMMANDS = [re.sub(r"^accelerate launch --num_processes \d+ ", "python ", line.s
 def test_every_command_of_the_documents_parses(command):
     """Flags are spelt as the programs spell them, and nothing needed is missing."""
     _, program, *arguments = shlex.split(command)
-    module = importlib.import_module(program.removesuffix(".py"))
+    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
     if program == "data.py":
         pytest.skip("data.py parses in main(); test_data.py runs it")
     module.parse_args(arguments)
