@@ -128,24 +128,25 @@ def head_scores(model, hidden):
 
 
 @torch.no_grad()
-def score(model, tokenizer, conversations, batch_size=32, max_tokens=2048, progress=True):
+def score(model, tokenizer, conversations, batch_size=32, max_tokens=2048, progress=True, names=None, process=(0, 1)):
     """r(x, y) of [(messages, response), ...] -> list of raw logits, in the order given. `model` comes from `bind_scores`.
 
     Batches hold conversations of similar length, so little of the work is padding; a score does not depend on its batch.
-    InputError: a score that is not a finite number, with its place in the list.
+    Process (p, P) scores the batches p, p+P, ... and leaves None in the others' places. InputError: a score that is not a finite number,
+    with its entry in `names`, or its place in the list.
     """
     ids = [encode_conversation(tokenizer, messages, response, max_tokens) for messages, response in conversations]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    scores = [0.0] * len(ids)
-    bar = tqdm(total=len(ids), desc="reward scores", unit=" texts", disable=not progress, mininterval=1.0)
-    for start in range(0, len(order), batch_size):
+    scores = [None] * len(ids)
+    starts = range(process[0] * batch_size, len(order), process[1] * batch_size)
+    bar = tqdm(total=sum(min(batch_size, len(ids) - start) for start in starts), desc="reward scores", unit=" texts", disable=not progress, mininterval=1.0)
+    for start in starts:
         rows = order[start : start + batch_size]
         batch = pad_right([ids[i] for i in rows], pad_id(tokenizer))
         for i, value in zip(rows, model(**{k: v.to(model.device) for k, v in batch.items()}).tolist()):
             if not math.isfinite(value):
-                raise InputError(
-                    f"the reward model's score of conversation {i + 1} of {len(ids)}, response {conversations[i][1][:60]!r}, is {value}; try --reward_dtype float32"
-                )
+                name = names[i] if names else f"conversation {i + 1} of {len(ids)}"
+                raise InputError(f"the reward model's score of {name}, response {conversations[i][1][:60]!r}, is {value}; try --reward_dtype float32")
             scores[i] = value
         bar.update(len(rows))
     bar.close()

@@ -130,7 +130,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from eval import generate_rows, read_jsonl, sigmoid100, write_jsonl
+from eval.files import read_jsonl, write_jsonl
+from eval.generate import generate_rows
+from eval.reward import sigmoid100
 from model import (
     adamw,
     check_reward_model,

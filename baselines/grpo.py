@@ -106,7 +106,8 @@ import torch
 from tqdm import tqdm
 
 from data import Example, plan_micro_batches
-from eval import generate_rows, read_prompts, write_jsonl
+from eval.files import write_jsonl
+from eval.generate import generate_rows, read_prompts
 from model import adamw, check_reward_model, fingerprint, generate_responses, load_policy, load_reward_model, lr_at, make_accelerator, save_model, token_logps  # fmt: skip
 from reward import bind_scores, score
 from train import RunFiles

@@ -252,7 +252,7 @@ def report(folders, folder=FOLDER, seeds="0,1,2"):
     """Print the results table on the held-out prompts: sampled responses as the paper evaluates them, and exact sums over the listed answers."""
     import torch
 
-    from eval import read_jsonl
+    from eval.files import read_jsonl
     from var import optimal_policy
 
     prompts = [row["prompt"] for row in read_jsonl(folder / "held_out.jsonl")]

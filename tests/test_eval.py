@@ -1,5 +1,6 @@
 """eval.py as its users meet it: responses that neither batch nor restart can change, and a table of rewards checked by hand. CPU, no network."""
 
+import hashlib
 import json
 import math
 import os
@@ -18,7 +19,10 @@ import transformers
 import eval as eval_file
 import model as model_file
 from data import encode_records, end_of_turn_id, load_tokenizer
-from eval import mean_and_error, read_jsonl, read_prompts, reward_table, sigmoid100
+from eval.averages import averaged, mean_and_error
+from eval.files import read_jsonl, write_jsonl
+from eval.generate import read_prompts
+from eval.reward import reward_table, sigmoid100
 from formats import InputError
 from model import load_reward_model
 from reward import bind_scores, score
@@ -127,6 +131,9 @@ def test_a_row_is_finished_when_the_end_of_turn_was_drawn(world, generated):
     assert 0 < len(cut) < 24 and all(row["response_tokens"] == 10 for row in cut)
     assert all(1 <= row["response_tokens"] <= 10 and "<|im_end|>" not in row["response"] for row in generated.rows)
     assert f"24 responses, {len(cut)} cut at 10 tokens" in generated.printed
+    result = json.loads(generated.printed.splitlines()[-1])
+    assert (result["n"], result["cut"], result["failed"], result["seeds"]) == (24, len(cut), 0, [0, 1, 2]) and result["settings"]["temperature"] == 0.8
+    assert result["sha256"] == hashlib.sha256(generated.out.read_bytes()).hexdigest() and len(result["inputs_sha256"]) == 2 and result["versions"]["transformers"]
     short = next(row for row in generated.rows if row["finished"] and row["response_tokens"] == 1)
     assert short["response"] == "" and tokenizer.eos_token == "<|im_end|>"
 
@@ -270,18 +277,76 @@ def test_several_files_make_one_table(scored):
     for file, errors in ((scored.three, True), (scored.one, False)):
         mine = [line for line in lines if line.startswith(file[-24:])]
         assert len(mine) == 4 and [line[24:].split()[0] for line in mine] == ["helpful_home", "harmless", "Avg.", "Avg."]
-        assert all(("+-" in line) is errors for line in mine)
-        number = scored.out["results"][file]["averages"]["All"]["reward"]
-        assert f"{number:.3f}" in mine[2]
+        numbers = scored.out["results"][file]["averages"]["All"]
+        of_seeds = f"{numbers['reward_error_over_seeds']:.3f}" if errors else "-"
+        assert mine[2].split()[2:6] == ["All", str(numbers["n"]), f"{numbers['reward']:.3f}", of_seeds] and mine[2].split()[6] == f"{numbers['reward_error_over_items']:.3f}"
+    assert "+- seeds" in lines[0] and "+- items" in lines[0] and "over seeds and over items" in lines[-2]
+    assert json.loads(lines[-1]) == scored.out | {"results": {path: {k: v for k, v in t.items() if k != "scores"} for path, t in scored.out["results"].items()}}
 
 
 def test_the_json_names_what_it_was_made_of(world, scored):
     assert scored.out["settings"] == {"reward_model": model_file.fingerprint(world.judge), "max_reward_tokens": 2048, "reward_dtype": "auto"}
-    assert set(scored.out["inputs_sha256"]) == {scored.three, scored.one} and scored.out["versions"]["torch"] == torch.__version__
+    assert scored.out["inputs_sha256"] == {file: hashlib.sha256(open(file, "rb").read()).hexdigest() for file in (scored.three, scored.one)}
+    assert scored.out["versions"]["transformers"] == transformers.__version__ and scored.out["seeds"] == {scored.three: [0, 1, 2], scored.one: [1]}
+    scores = scored.out["results"][scored.one]["scores"]
+    assert set(scores) == {row["id"] for row in read_jsonl(scored.one)} and scored.out["n"] == {scored.three: 24, scored.one: 8}
 
 
-def row_of(subset, seed, tokens=3, finished=True):
-    return {"subset": subset, "seed": seed, "response_tokens": tokens, "finished": finished}
+def test_rewards_do_not_depend_on_batch_order_or_padding(world, generated, scored, tmp_path):
+    """Rows in another order, one at a time and all at once: every row keeps its score."""
+    write_jsonl(tmp_path / "gen.jsonl", generated.rows[::-1])
+    for batch_size in (1, 24):
+        start(["reward", "--gen", tmp_path / "gen.jsonl", "--reward_model", world.judge, "--out", tmp_path / "r.json", "--batch_size", batch_size], tmp_path)
+        result = json.loads((tmp_path / "r.json").read_text())["results"][str(tmp_path / "gen.jsonl")]
+        assert result["scores"] == pytest.approx(scored.out["results"][scored.three]["scores"], abs=2e-6)
+    assert len(set(result["scores"].values())) > 12
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def test_two_processes_generate_the_rows_of_one(world, generated, tmp_path):
+    """Byte for byte, whether they start from nothing or after a kill that left a part of each; the parts are gone. One result is printed."""
+    out = tmp_path / "gen.jsonl"
+    status, printed, err = run_program(eval_file, [str(word) for word in generate_flags(world, out)], tmp_path, processes=2)
+    assert status == 0, err
+    assert out.read_bytes() == generated.out.read_bytes() and not list(tmp_path.glob("*.rank*"))
+    assert printed.count('"sha256"') == 1 and (tmp_path / "stdout1.txt").read_text() == ""
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[:5]) + b'{"id": "torn')
+    (tmp_path / "gen.jsonl.rank1").write_bytes(b"".join(lines[9:16]) + b'{"id')
+    status, _, err = run_program(eval_file, [str(word) for word in generate_flags(world, out)], tmp_path, processes=2)
+    assert status == 0 and "12 responses to generate, 12 there already" in err, err
+    assert out.read_bytes() == generated.out.read_bytes() and not list(tmp_path.glob("*.rank*"))
+
+
+def test_each_process_does_its_share(world, tmp_path):
+    """What the second process wrote is in its part when the first one dies before the end."""
+
+    def die_at_the_merge():
+        import eval.generate as generate
+
+        merge, calls = generate.merge, []
+        generate.merge = lambda *a: merge(*a) if not calls and not calls.append(1) else os._exit(9)
+
+    out = tmp_path / "gen.jsonl"
+    run_program(eval_file, [str(word) for word in generate_flags(world, out)], tmp_path, die_at_the_merge, processes=2)
+    ids = [{row["id"] for row in read_jsonl(file)} for file in (out, f"{out}.rank1")]
+    assert len(ids[0]) == len(ids[1]) == 12 and not ids[0] & ids[1]
+
+
+def test_two_processes_give_the_scores_of_one(world, generated, scored, tmp_path):
+    """Bit for bit: a process takes whole batches, padded as one process pads them. A batch more for one of them, and files of one batch."""
+    argv = ["reward", "--gen", scored.three, "--gen", scored.one, "--reward_model", world.judge, "--out", str(tmp_path / "r.json"), "--batch_size", "5"]
+    status, printed, err = run_program(eval_file, argv, tmp_path, processes=2)
+    assert status == 0, err
+    assert json.loads((tmp_path / "r.json").read_text())["results"] == scored.out["results"]
+    assert len(printed.splitlines()) == len(scored.printed.splitlines()) and (tmp_path / "stdout1.txt").read_text() == ""
+
+
+def row_of(subset, seed, item=0, tokens=3, finished=True):
+    return {"id": f"{subset}/{item}/{seed}", "subset": subset, "seed": seed, "response_tokens": tokens, "finished": finished}
 
 
 def test_averages_are_macro_as_in_tables_1_and_2():
@@ -290,7 +355,15 @@ def test_averages_are_macro_as_in_tables_1_and_2():
     table = reward_table(rows, [1.0, 2.0, 6.0, 5.0, -4.0])
     assert [table["subsets"][name]["reward"] for name in ("helpful_base", "Helpful-online", "harmless")] == [3.0, 5.0, -4.0]
     assert table["averages"]["All"]["reward"] == pytest.approx(4 / 3) and table["averages"]["Helpful"]["reward"] == pytest.approx(4.0)
-    assert set(reward_table(rows[-1:], [1.0])["averages"]) == {"All"}
+
+
+def test_a_missing_subset_makes_that_average_null_with_a_reason():
+    """No subset of that name, or one that another file of the same table has; the other averages stand."""
+    table = reward_table([row_of("harmless", 0), row_of("helpful_base", 0)], [1.0, 3.0], wanted=["helpful_base", "helpful_online", "harmless"])
+    assert table["averages"] == {"All": None, "Helpful": None} and table["subsets"]["helpful_online"] is None and table["subsets"]["harmless"]["reward"] == 1.0
+    assert table["missing"]["All"] == table["missing"]["Helpful"] == "nothing of the subset helpful_online"
+    table = reward_table([row_of("harmless", 0)], [1.0])
+    assert table["averages"]["All"]["reward"] == 1.0 and table["averages"]["Helpful"] is None and table["missing"] == {"Helpful": "no subset is named helpful*"}
 
 
 def test_the_macro_average_takes_the_seeds_that_every_subset_has():
@@ -299,7 +372,21 @@ def test_the_macro_average_takes_the_seeds_that_every_subset_has():
     table = reward_table(rows, values)
     assert table["averages"]["All"]["reward"] == 5.0 and table["averages"]["All"]["seeds"] == [1] and table["subsets"]["a"]["reward"] == 2.0
     table = reward_table(rows[::2], values[::2])
-    assert "All" not in table["averages"] and table["subsets"]["b"]["reward"] == 7.0
+    assert table["averages"]["All"] is None and table["missing"]["All"] == "no seed that a, b share" and table["subsets"]["b"]["reward"] == 7.0
+
+
+def test_the_two_standard_errors_by_hand():
+    """Over seeds: means 2 and 4, sd sqrt(2), over sqrt(2). Over items: prompt means 1, 2, 6, sd sqrt(7), over sqrt(3). Macro: two such errors are
+    added in squares and halved. A subset with a single prompt has none, nor has its macro average."""
+    values = {("a", 0): (0.0, 1.0, 5.0), ("a", 1): (2.0, 3.0, 7.0), ("b", 0): (8.0, 9.0, 13.0), ("b", 1): (8.0, 9.0, 13.0), ("c", 0): (1.0,), ("c", 1): (1.0,)}
+    measured = [(subset, seed, item, {"x": v}) for (subset, seed), some in values.items() for item, v in enumerate(some)]
+    table = averaged([m for m in measured if m[0] != "c"], ["x"])
+    assert table["subsets"]["a"] == {"n": 6, "n_items": 3, "seeds": [0, 1], "x": 3.0, "x_error_over_seeds": pytest.approx(1.0), "x_error_over_items": pytest.approx(math.sqrt(7 / 3))}
+    assert table["averages"]["All"]["x"] == 6.5 and table["averages"]["All"]["x_error_over_seeds"] == pytest.approx(0.5) and table["averages"]["All"]["n_items"] == 6
+    assert table["averages"]["All"]["x_error_over_items"] == pytest.approx(math.sqrt(2 * 7 / 3) / 2)
+    table = averaged(measured, ["x"])
+    assert table["subsets"]["c"]["x_error_over_items"] is None and table["averages"]["All"]["x_error_over_items"] is None
+    assert table["averages"]["All"]["x_error_over_seeds"] == pytest.approx(1 / 3)
 
 
 def test_mean_and_error_by_hand():
@@ -414,15 +501,15 @@ def test_a_score_that_is_not_a_number_names_file_and_row(world, tmp_path):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(judge)
     model.score.weight.data.fill_(math.nan)
     model.save_pretrained(judge)
-    (tmp_path / "gen.jsonl").write_text(json.dumps(GOOD) + "\n")
-    refused(["reward", "--gen", tmp_path / "gen.jsonl", "--reward_model", judge, "--out", tmp_path / "out.json"], tmp_path, "gen.jsonl", "1 of 1", "is nan", "--reward_dtype float32")
+    write_jsonl(tmp_path / "gen.jsonl", [GOOD | {"response": "A rather longer answer than the other."}, GOOD | {"id": "a/2/0"}])  # the short one is scored first
+    refused(["reward", "--gen", tmp_path / "gen.jsonl", "--reward_model", judge, "--out", tmp_path / "out.json"], tmp_path, "gen.jsonl:2 (a/2/0)", "is nan", "--reward_dtype float32")
     assert not (tmp_path / "out.json").exists()
 
 
 def test_read_jsonl_takes_only_newlines_for_line_ends(tmp_path):
     """Texts may hold U+2028 and U+0085, where str.splitlines would cut; a torn end is skipped only when asked for."""
     file = tmp_path / "x.jsonl"
-    eval_file.write_jsonl(file, [{"a": "one\u2028two\u0085three\x0b"}, {"a": "日本"}])
+    write_jsonl(file, [{"a": "one\u2028two\u0085three\x0b"}, {"a": "日本"}])
     assert [row["a"] for row in read_jsonl(file)] == ["one\u2028two\u0085three\x0b", "日本"]
     file.write_bytes(file.read_bytes()[:-6])  # inside the last character
     assert len(read_jsonl(file, torn_end=True)) == 1

@@ -22,7 +22,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import eval as eval_file
+import eval.files as eval_file
 import model as model_file
 import tables as tables_file
 import train
