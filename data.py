@@ -72,6 +72,7 @@ def add_loading_flags(parser, policy=True, reward=True):
     if reward:
         group.add_argument("--reward_dtype", choices=dtypes, default="auto", help="weights of the reward model; auto = as its checkpoint is stored (default: %(default)s)")
         group.add_argument("--max_reward_tokens", type=int, default=2048, metavar="N", help="longer conversations are cut from the left for the reward model, in tokens (default: %(default)s)")
+    group.add_argument("--load_in_4bit", action="store_true", help="all models in 4 bits (nf4, double quantisation), through bitsandbytes; a policy then trains an adapter: --lora_rank")
     group.add_argument("--attn_implementation", metavar="NAME", help="attention kernel: sdpa, eager, flash_attention_2, ... (default: transformers chooses)")
     group.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a model; off unless given")
 

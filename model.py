@@ -13,8 +13,10 @@ The computation is the `forward` of the very module that accelerate prepares (`b
 instead (`model.model`, then `lm_head`) leaves gradients unsynchronised under DDP, without a word, and fails under FSDP2.
 """
 
+import contextlib
 import gc
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -27,7 +29,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
@@ -40,15 +42,22 @@ LOGITS_CHUNK = 2**24  # logits alive at once: 64 MB in float32, whatever B, T an
 # Load
 
 
-def load_policy(name, dtype="float32", attn_implementation=None, trust_remote_code=False):
-    """A causal language model of a local folder or hub name, on CPU, in train mode, its forward able to give sequence log-probs.
+def load_policy(name, dtype="float32", attn_implementation=None, trust_remote_code=False, load_in_4bit=False, lora_rank=None, sharded=False):
+    """A causal language model of a local folder or hub name, in train mode, its forward able to give sequence log-probs.
 
+    On CPU, but in 4 bits where it will stay. A folder that peft saved opens as its base with the adapter active and trainable;
+    `lora_rank` puts a fresh adapter (which changes nothing yet) on every linear layer. `sharded`: it goes through accelerator.prepare, so
+    under FSDP one process of a node may load for all.
     Dropout is off: log pi_theta is then a number, not a sample, and at step 0 it is the reference's own. float32 by default: in
     bfloat16 AdamW loses updates smaller than 1/256 of a weight (learning rates of 1e-5 live there).
     InputError: no such folder, not a causal LM, a head followed by a transform we do not know.
     """
-    model = _load(transformers.AutoModelForCausalLM, name, dtype, attn_implementation, trust_remote_code)
-    _check_head(model, name)
+    base = adapter_base(name)
+    with contextlib.nullcontext() if sharded else every_process_loads():
+        model = _load(transformers.AutoModelForCausalLM, base or name, dtype, attn_implementation, trust_remote_code, load_in_4bit=load_in_4bit)
+        _check_head(model, name)
+        if base or lora_rank:
+            model = _with_adapter(model, name if base else None, lora_rank)
     for module in model.modules():
         for attribute, value in list(vars(module).items()):
             if isinstance(value, float) and ("dropout" in attribute or (attribute == "p" and isinstance(module, torch.nn.Dropout))):
@@ -56,14 +65,16 @@ def load_policy(name, dtype="float32", attn_implementation=None, trust_remote_co
     return bind_sequence_logps(model).train()
 
 
-def load_reward_model(name, dtype="auto", attn_implementation=None, trust_remote_code=False, new_head=False):
-    """A sequence classifier with one label, on CPU, in eval mode. `new_head`, for training: a model without a one-label head gets a fresh one.
+def load_reward_model(name, dtype="auto", attn_implementation=None, trust_remote_code=False, load_in_4bit=False, new_head=False):
+    """A sequence classifier with one label, in eval mode, on CPU (in 4 bits: where it will stay). `new_head`, for training: a model without a one-label head gets a fresh one.
 
     InputError: two labels, or (without new_head) no trained head in the checkpoint: its scores would be random numbers.
     """
     if not new_head:
         check_reward_model(name, trust_remote_code)
-    return _load(transformers.AutoModelForSequenceClassification, name, dtype, attn_implementation, trust_remote_code, new_head).eval()
+    with every_process_loads():
+        auto_class = transformers.AutoModelForSequenceClassification
+        return _load(auto_class, name, dtype, attn_implementation, trust_remote_code, new_head, load_in_4bit).eval()
 
 
 def check_reward_model(name, trust_remote_code=False):
@@ -76,11 +87,12 @@ def check_reward_model(name, trust_remote_code=False):
         )
 
 
-def _load(auto_class, name, dtype, attn_implementation, trust_remote_code, new_head=False):
+def _load(auto_class, name, dtype, attn_implementation, trust_remote_code, new_head=False, load_in_4bit=False):
     check_model_name(name)
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     more |= {"num_labels": 1, "ignore_mismatched_sizes": True} if new_head else {}
+    more |= _four_bits() if load_in_4bit else {}
     transformers.logging.set_verbosity_error()  # its report of missing weights: what matters of it is an error below
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
@@ -107,6 +119,71 @@ def _from_pretrained(auto_class, name, **more):
         raise InputError(
             f"{name}: cannot be loaded as {auto_class.__name__} ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         ) from None
+
+
+def _four_bits():
+    """What from_pretrained needs to load in 4 bits (QLoRA's nf4 with double quantisation). InputError: bitsandbytes is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("--load_in_4bit needs the optional package bitsandbytes: pip install bitsandbytes peft")
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    compute = torch.bfloat16 if sharded or (torch.cuda.is_available() and torch.cuda.is_bf16_supported()) else torch.float32
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_quant_storage=torch.bfloat16 if sharded else torch.uint8,  # FSDP shards floating types only, and casts them to bfloat16
+        llm_int8_skip_modules=["lm_head", "embed_out", "score"],  # heads stay whole; the name is of 8 bits, the effect is not
+    )
+    device = torch.device("cuda", PartialState().local_process_index) if torch.cuda.is_available() else torch.device("cpu")
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def adapter_base(name):
+    """The model under a folder that peft saved, or None for any other name."""
+    file = Path(name) / "adapter_config.json"
+    return json.loads(file.read_text())["base_model_name_or_path"] if file.exists() else None
+
+
+def _with_adapter(model, folder, rank):
+    """`model` with the adapter of `folder`, or with a fresh one of this rank on all linear layers but the head; only the adapter is trainable."""
+    try:
+        import peft
+    except ImportError:
+        raise InputError("adapters (--lora_rank, folders with adapter_config.json) need the optional package peft: pip install peft") from None
+    if folder is None:
+        # alpha = 2 r, so that the learning rate means the same for every rank
+        return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    found = json.loads((Path(folder) / "adapter_config.json").read_text())
+    if rank and found.get("r") != rank:
+        raise InputError(f"{folder}: its adapter has rank {found.get('r')}, --lora_rank is {rank}; leave the flag out to go on training it")
+    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+
+
+def keep_only_adapter_in_state_dict(model):
+    """From now on `model.state_dict()` holds the trainable weights alone, and loading one needs no others. After accelerator.prepare.
+
+    Checkpoints are then small, and a base in 4 bits, whose packed weights do not load everywhere, is left as from_pretrained made it.
+    """
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+
+    def drop_frozen(module, state_dict, prefix, _):
+        for key in [key for key in state_dict if key.removeprefix(prefix) not in trainable]:
+            del state_dict[key]
+
+    model.register_state_dict_post_hook(drop_frozen)
+    model.register_load_state_dict_post_hook(lambda module, incompatible: incompatible.missing_keys.clear())
+
+
+@contextlib.contextmanager
+def every_process_loads():
+    """Under FSDP with fsdp_cpu_ram_efficient_loading only one process reads a checkpoint; a model that is not sharded would be empty elsewhere."""
+    name, old = "FSDP_CPU_RAM_EFFICIENT_LOADING", os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if old is None else os.environ.update({name: old})
 
 
 def mixed_precision():
@@ -140,7 +217,8 @@ def make_accelerator(tracker=None, folder=None):
 def release(*models):
     """Give a model's memory back; the caller must drop its own reference too."""
     for model in models:
-        model.to("meta")
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.new_empty(0)  # not model.to("meta"): 4-bit weights refuse it
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -156,10 +234,10 @@ def fingerprint(name):
         if config is None:
             raise InputError(f"{name}: neither a folder here nor a hub model that can be reached")
         return f"{name}@{Path(config).parent.name}"
-    digest = hashlib.sha256()
+    digest = hashlib.sha256((fingerprint(base) if (base := adapter_base(name)) else "").encode())
     patterns = (
         "model*.safetensors",
-        "adapter*",
+        "adapter_*",
         "config.json",
         "tokenizer*",
         "chat_template*",
@@ -225,12 +303,17 @@ def bind(model, forward):
 
 
 def _response_logps(model, input_ids, attention_mask, response_mask):
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model  # under peft, whose own .base_model returns logits
+    causal_lm = without_adapter_wrapper(model)
     hidden = causal_lm.base_model(**model_inputs(input_ids, attention_mask), use_cache=False).last_hidden_state  # (B, T, D)
     rows, columns = response_mask[:, 1:].nonzero(as_tuple=True)  # (N,) each: the N response tokens of the batch
     hidden = hidden[:, :-1][rows, columns]  # (B, T, D) -> (N, D): position t-1 predicts token t
     logps = logps_from_hidden(causal_lm, hidden, input_ids[:, 1:][rows, columns])  # (N,)
     return logps.new_zeros(response_mask[:, 1:].shape).index_put((rows, columns), logps)  # (N,) -> (B, T-1)
+
+
+def without_adapter_wrapper(model):
+    """The transformers model under peft's (whose own .base_model returns logits). Its layers still have the adapter in them."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def model_inputs(input_ids, attention_mask):
@@ -376,6 +459,13 @@ def adamw(model, lr, weight_decay):
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=all(p.device.type in ("cuda", "cpu") for p in parameters))
 
 
+def check_master_weights(optimizer, dtype):
+    """InputError unless the weights that AdamW steps are float32, where that was asked for: some sharding and casting settings change them silently."""
+    found = {p.dtype for group in optimizer.param_groups for p in group["params"]}
+    if dtype == "float32" and found != {torch.float32}:
+        raise InputError(f"the optimizer holds weights of {found}, not float32 as --dtype says: small updates would be lost; check the launch file's mixed precision")
+
+
 def lr_at(step, total_steps, warmup_steps, peak_lr):
     """Learning rate of optimizer step `step` (from 0): linear warm-up, then a cosine that is 0 at `total_steps`. A pure function, so it
     cannot run N times too fast on N processes (a prepared scheduler does) and needs no state in a checkpoint."""
@@ -398,15 +488,23 @@ def save_model(model, tokenizer, folder, state_dict=None):
     if getattr(model, "generation_config", None) is not None:
         # every tool that opens the folder should stop where training taught to stop; a value left over from greedy decoding refuses to be saved
         model.generation_config = transformers.GenerationConfig(eos_token_id=stop_ids(model, tokenizer), pad_token_id=pad_id(tokenizer))
+    for tied in getattr(model, "all_tied_weights_keys", None) or {}:
+        (state_dict or {}).pop(tied, None)  # FSDP gathers a tied head as a second matrix
     model.save_pretrained(temporary, state_dict=state_dict)
     tokenizer.save_pretrained(temporary)
-    files = sorted(temporary.iterdir(), key=lambda f: (f.name == "config.json", f.name))
+    files = sorted(temporary.iterdir(), key=lambda f: (f.name in ("config.json", "adapter_config.json"), f.name))
     for file in files:
         shutil.rmtree(folder / file.name, ignore_errors=True)  # does nothing to a file; a folder (of chat templates) cannot be renamed over
         os.replace(file, folder / file.name)
     for old in set(folder.glob("model*.safetensors*")) - {folder / file.name for file in files}:
         old.unlink()  # a model split into other shards was here; from_pretrained might open those
     temporary.rmdir()
+
+
+def merge_adapter(folder, tokenizer, out, dtype="auto", trust_remote_code=False):
+    """Write the base model of an adapter folder with the adapter added into its weights, a plain folder; the base is read anew, not in 4 bits."""
+    model = load_policy(folder, dtype, trust_remote_code=trust_remote_code)
+    save_model(model.merge_and_unload(), tokenizer, out)
 
 
 def write_json(path, value):

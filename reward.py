@@ -59,6 +59,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.data:
         parser.error("--data is required")
+    if args.command == "train" and args.load_in_4bit:
+        parser.error("--load_in_4bit: weights of 4 bits cannot be trained, and reward.py trains no adapters; leave it out")
     if args.responses not in (None, "pairs"):
         parser.error(f"--responses {args.responses}: a reward model is trained and judged on pairs")
     for name in ("batch_size", "epochs", "lr", "max_reward_tokens"):
@@ -241,7 +243,7 @@ def main(args):
         return train(args)
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     examples = load_pairs(args, args.data, tokenizer)
-    model = load_reward_model(args.model, args.reward_dtype, args.attn_implementation, args.trust_remote_code)
+    model = load_reward_model(args.model, args.reward_dtype, args.attn_implementation, args.trust_remote_code, args.load_in_4bit)
     model.to(make_accelerator().device)
     result = pair_accuracy(bind_scores(model), tokenizer, examples, args.batch_size, args.max_reward_tokens)
     print(show(result))

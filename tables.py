@@ -66,7 +66,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from model import fingerprint, load_policy, load_reward_model, logps_from_hidden, make_accelerator, release, sequence_logps
+from model import fingerprint, load_policy, load_reward_model, logps_from_hidden, make_accelerator, release, sequence_logps, without_adapter_wrapper  # fmt: skip
 from reward import bind_scores, encode_conversation, head_scores
 from var import effective_sample_size, log_weights, self_share
 
@@ -151,7 +151,7 @@ def ref_logps_of(model, tokenizer, prompt_ids, responses, by_prefix=True):
         response_mask = batch["attention_mask"].clone()
         response_mask[:, : len(prompt_ids)] = 0
         return sequence_logps(model, *(t.to(model.device) for t in (*batch.values(), response_mask))).tolist()
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = without_adapter_wrapper(model)
     hidden = continue_prefix(causal_lm.base_model, prompt_ids, responses, pad_id(tokenizer))  # (n, 1 + S, D)
     targets = pad_right(responses, pad_id(tokenizer))
     rows, columns = targets["attention_mask"].nonzero(as_tuple=True)
@@ -295,7 +295,8 @@ def build_tables(path, plan, wanted, needed, accelerator, tokenizer, reward_toke
     """
     path, main = Path(path), accelerator.is_main_process
     ref_model = args.ref_model or args.model if wanted["ref_logps"] else None
-    precision = {"dtype": args.dtype, "reward_dtype": args.reward_dtype, "autocast": accelerator.mixed_precision}
+    bits = " in 4 bits" if args.load_in_4bit else ""
+    precision = {"dtype": args.dtype + bits, "reward_dtype": args.reward_dtype + bits, "autocast": accelerator.mixed_precision}
     about = header(plan, ref_model, args.reward_model, max_reward_tokens=args.max_reward_tokens, **precision)
     tables = Tables(plan)
     if path.exists():
@@ -346,10 +347,10 @@ def take_scores(tables, plan):
 def measure(name, which, todo, parts, plan, accelerator, tokenizer, reward_tokenizer, args):
     """Measure one of the two tables for the micro-batches `todo`, this process every P-th piece; pieces are files in `parts`."""
     if name == "ref_logps":
-        model = load_policy(args.ref_model or args.model, args.dtype, args.attn_implementation, args.trust_remote_code).eval()
+        model = load_policy(args.ref_model or args.model, args.dtype, args.attn_implementation, args.trust_remote_code, args.load_in_4bit).eval()
         scorer = ref_scorer(model, tokenizer, args.batch_size)
     else:
-        model = load_reward_model(args.reward_model, args.reward_dtype, args.attn_implementation, args.trust_remote_code)
+        model = load_reward_model(args.reward_model, args.reward_dtype, args.attn_implementation, args.trust_remote_code, args.load_in_4bit)
         scorer = reward_scorer(model, reward_tokenizer, args.batch_size, args.max_reward_tokens)
     model.to(accelerator.device)
     pieces = [todo[i : i + PIECE] for i in range(0, len(todo), PIECE)]

@@ -24,6 +24,7 @@ Departures from the paper, besides those in var.py and baselines/:
 
 import argparse
 import json
+import os
 import sys
 
 from baselines.methods import LOSSES, Batch, mismatched
@@ -63,6 +64,8 @@ def parse_args(argv=None):
     add("--weight_decay", type=float, default=0.0, help="of AdamW, matrices only (default: %(default)s; not stated in the paper)")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are scaled down to this norm (default: %(default)s; not stated in the paper)")
     add("--gradient_checkpointing", action="store_true", help="keep one activation per layer and compute the others again: less memory, a third more time")
+    add("--lora_rank", type=int, metavar="R", help="train an adapter of this rank on all linear layers instead of the weights; OUTPUT_DIR is then the adapter, as peft saves it")
+    add("--merge", action="store_true", help="with an adapter: also write base and adapter as one plain folder, OUTPUT_DIR/merged")
     add = parser.add_argument_group("along the way").add_argument
     add("--eval_every", type=int, metavar="N", help="held-out loss and generations every N steps and at the end (default: five times a run, if anything is held out)")
     add("--eval_prompts", type=int, default=32, metavar="N", help="held-out prompts answered each time, one process only; 0 = none (default: %(default)s)")
@@ -79,7 +82,7 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
     if args.model is None or args.data is None:
         parser.error("--model and --data go together (without both, the miniature world is trained)")
-    above_zero = ("value_prompts", "beta", "lr", "epochs", "max_steps", "accum", "eval_every", "max_grad_norm", "keep", "max_reward_tokens")
+    above_zero = ("value_prompts", "lora_rank", "beta", "lr", "epochs", "max_steps", "accum", "eval_every", "max_grad_norm", "keep", "max_reward_tokens")
     from_zero = ("clip", "label_smoothing", "warmup_ratio", "weight_decay", "eval_prompts", "save_every", "seed")
     for name in above_zero + from_zero:
         value = getattr(args, name)
@@ -106,6 +109,11 @@ def parse_args(argv=None):
     args.not_read = sorted(flag for flag in own if getattr(args, flag) != parser.get_default(flag))
     args.beta = args.beta if args.beta is not None else loss.beta
     args.output_dir = args.output_dir or f"runs/{args.loss}"
+    adapter = args.lora_rank or os.path.exists(os.path.join(args.model, "adapter_config.json"))
+    if args.load_in_4bit and not adapter:
+        parser.error("--load_in_4bit: weights of 4 bits cannot take a gradient step; add --lora_rank R to train an adapter on top of them")
+    if args.merge and not adapter:
+        parser.error("--merge: there is no adapter to merge; add --lora_rank R")
     if args.loss == "var" and args.reward_model is None and args.estimator != "constant" and args.partners != "group":
         parser.error("--reward_model is missing (scores in the data can replace it with --estimator constant or --partners group)")
     return args
@@ -119,7 +127,6 @@ if __name__ == "__main__":
 
 import contextlib
 import math
-import os
 import re
 import shutil
 import time
@@ -135,12 +142,16 @@ from eval.generate import generate_rows
 from eval.reward import sigmoid100
 from model import (
     adamw,
+    adapter_base,
+    check_master_weights,
     check_reward_model,
     fingerprint,
+    keep_only_adapter_in_state_dict,
     load_policy,
     load_reward_model,
     lr_at,
     make_accelerator,
+    merge_adapter,
     save_model,
     sequence_logps,
     write_json,
@@ -185,7 +196,7 @@ class RunFiles:
         self.accelerator, self.out, self.args, self.about = accelerator, out, args, {}
         if out.exists() and not out.is_dir():
             raise InputError(f"{out}: is a file; --output_dir names a folder")
-        if (out / "config.json").exists() and not (out / "run.json").exists():
+        if any((out / name).exists() for name in ("config.json", "adapter_config.json")) and not (out / "run.json").exists():
             raise InputError(f"{out}: already holds a model, which this run would replace; choose another --output_dir")
         if (out / "run.json").exists() and not args.resume:
             raise InputError(f"{out}: already holds a run; --resume continues it, another --output_dir starts a new one")
@@ -309,7 +320,7 @@ def evaluate(accelerator, model, loss, plan, tables, args, tokenizer, scale):
 
 def score_evaluations(out, reward_tokenizer, args, device):
     """eval/step_*.jsonl -> eval/rewards.jsonl: step, mean reward and 100*sigmoid of the held-out generations (Figure 2)."""
-    model = load_reward_model(args.reward_model, args.reward_dtype, args.attn_implementation, args.trust_remote_code)
+    model = load_reward_model(args.reward_model, args.reward_dtype, args.attn_implementation, args.trust_remote_code, args.load_in_4bit)
     model, lines = bind_scores(model.to(device)), []
     for file in sorted((out / "eval").glob("step_*.jsonl"), key=lambda f: int(f.stem[5:])):
         rows = read_jsonl(file)
@@ -385,10 +396,16 @@ def main(args):
 
     # Model, optimizer, and where a killed run had got to
     accelerate.utils.set_seed(args.seed)
-    model = load_policy(args.model, args.dtype, args.attn_implementation, args.trust_remote_code)
+    model = load_policy(args.model, args.dtype, args.attn_implementation, args.trust_remote_code, args.load_in_4bit, args.lora_rank, sharded=True)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    adapter = args.lora_rank or adapter_base(args.model)
+    if adapter:
+        say(f"training an adapter: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} weights")
     model, optimizer = accelerator.prepare(model, adamw(model, args.lr, args.weight_decay))
+    if adapter:
+        keep_only_adapter_in_state_dict(accelerator.unwrap_model(model))
+    check_master_weights(optimizer, args.dtype)
     first_step = files.begin()
 
     def evaluate_at(step):
@@ -440,6 +457,8 @@ def main(args):
     state = accelerator.get_state_dict(model)
     if main_process:
         save_model(accelerator.unwrap_model(model, keep_fp32_wrapper=False), tokenizer, out, state)
+        if args.merge:
+            merge_adapter(out, tokenizer, out / "merged", args.dtype, args.trust_remote_code)
     model, optimizer = accelerator.free_memory(model, optimizer)
     if main_process and reward_tokenizer and (out / "eval").exists():
         score_evaluations(out, reward_tokenizer, args, device)

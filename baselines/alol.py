@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import make_plan
 from formats import InputError
-from model import fingerprint, generate_responses, load_policy, load_reward_model, release, write_json
+from model import fingerprint, generate_responses, load_policy, load_reward_model, release, without_adapter_wrapper, write_json
 from reward import bind_scores, score
 from tables import plan_fingerprint
 
@@ -34,7 +34,7 @@ def keep_advantageous(plan, eval_plan, accelerator, tokenizer, reward_tokenizer,
     The held-out plan keeps all its examples: below 0 they count nothing in its loss.
     """
     examples = plan.examples + (eval_plan.examples if eval_plan else [])
-    names = ("seed", "value_prompts", "dtype", "reward_dtype", "max_prompt_tokens", "max_response_tokens", "max_reward_tokens")
+    names = ("seed", "value_prompts", "dtype", "load_in_4bit", "reward_dtype", "max_prompt_tokens", "max_response_tokens", "max_reward_tokens")
     depends_on = {name: getattr(args, name) for name in names} | {"plan": plan_fingerprint(plan), "examples": len(examples)}
     depends_on |= {"ref_model": fingerprint(args.ref_model or args.model), "reward_model": fingerprint(args.reward_model)}
     found = json.loads(file.read_text()) if file.exists() else {}
@@ -76,7 +76,8 @@ def measure(examples, training, accelerator, tokenizer, reward_tokenizer, args):
     asked = of_training[::every][: args.value_prompts]  # spread over the data, whose order may mean something
     my_asked = asked[rank::P]
 
-    model = load_policy(args.ref_model or args.model, args.dtype, args.attn_implementation, args.trust_remote_code).eval().to(device)
+    loading = (args.attn_implementation, args.trust_remote_code, args.load_in_4bit)
+    model = load_policy(args.ref_model or args.model, args.dtype, *loading).eval().to(device)
     samples = []
     with torch.no_grad(), accelerator.autocast():
         states = [prompt_state(model, e.prompt_ids) for e in tqdm(mine, desc="prompt states", **bar)]  # (2D,) each
@@ -89,7 +90,7 @@ def measure(examples, training, accelerator, tokenizer, reward_tokenizer, args):
             samples += [tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True) for ids, finished in ids]
     release(model)
 
-    model = load_reward_model(args.reward_model, args.reward_dtype, args.attn_implementation, args.trust_remote_code)
+    model = load_reward_model(args.reward_model, args.reward_dtype, *loading)
     model = bind_scores(model.to(device))
     settings = {"max_tokens": args.max_reward_tokens, "progress": accelerator.is_main_process}
     my_examples = examples[rank::P]
@@ -106,9 +107,8 @@ def measure(examples, training, accelerator, tokenizer, reward_tokenizer, args):
 
 def prompt_state(model, prompt_ids):
     """s(x): mean and last of the final hidden states over one prompt, without padding, (2D,) float32 on CPU."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     ids = torch.tensor([list(prompt_ids)], device=model.device)
-    hidden = causal_lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].float()  # (T, D)
+    hidden = without_adapter_wrapper(model).base_model(input_ids=ids, use_cache=False).last_hidden_state[0].float()  # (T, D)
     return torch.cat([hidden.mean(dim=0), hidden[-1]]).cpu()
 
 

@@ -62,6 +62,7 @@ def parse_args(argv=None):
     add("--weight_decay", type=float, default=0.0, help="of AdamW, matrices only (default: %(default)s)")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are scaled down to this norm (default: %(default)s)")
     add("--gradient_checkpointing", action="store_true", help="keep one activation per layer and compute the others again")
+    add("--lora_rank", type=int, metavar="R", help="train an adapter of this rank on all linear layers instead of the weights")
     add("--seed", type=int, default=0, help="order of the prompts, samples (default: %(default)s)")
     add = parser.add_argument_group("along the way").add_argument
     add("--eval_every", type=int, metavar="N", help="answer and score --eval_data every N batches of samples (default: five times a run)")
@@ -74,12 +75,14 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.reward_model is None) == (args.reward_function is None):
         parser.error("one of --reward_model and --reward_function is needed, and not both")
-    above_zero = "prompts inner_steps micro_batch lr epochs max_steps max_grad_norm eval_every eval_prompts keep max_prompt_tokens max_response_tokens max_reward_tokens"
+    above_zero = "lora_rank prompts inner_steps micro_batch lr epochs max_steps max_grad_norm eval_every eval_prompts keep max_prompt_tokens max_response_tokens max_reward_tokens"
     from_zero = "clip kl_coef warmup_ratio weight_decay save_every seed"
     for name in above_zero.split() + from_zero.split():
         value = getattr(args, name)
         if value is not None and not (0 < value < float("inf") or (value == 0 and name in from_zero.split())):
             parser.error(f"--{name} must be {'at least' if name in from_zero.split() else 'above'} 0 and finite, got {value}")
+    if args.load_in_4bit and not args.lora_rank and not (Path(args.model) / "adapter_config.json").exists():
+        parser.error("--load_in_4bit: weights of 4 bits cannot take a gradient step; add --lora_rank R to train an adapter on top of them")
     if args.samples < 2:
         parser.error(f"--samples {args.samples}: a group of one has no spread, so its advantage is always 0; use 2 or more")
     if args.eval_every and not args.eval_data:
@@ -108,7 +111,7 @@ from tqdm import tqdm
 from data import Example, plan_micro_batches
 from eval.files import write_jsonl
 from eval.generate import generate_rows, read_prompts
-from model import adamw, check_reward_model, fingerprint, generate_responses, load_policy, load_reward_model, lr_at, make_accelerator, save_model, token_logps  # fmt: skip
+from model import adamw, adapter_base, check_reward_model, fingerprint, generate_responses, keep_only_adapter_in_state_dict, load_policy, load_reward_model, lr_at, make_accelerator, save_model, token_logps  # fmt: skip
 from reward import bind_scores, score
 from train import RunFiles
 
@@ -148,7 +151,7 @@ def k3(policy_logps, ref_logps):
 def load_reward(args, reward_tokenizer, device):
     """-> function of [(messages, response), ...] that gives a list of numbers. InputError: no such function, a number that is none."""
     if args.reward_model:
-        model = load_reward_model(args.reward_model, args.reward_dtype, args.attn_implementation, args.trust_remote_code)
+        model = load_reward_model(args.reward_model, args.reward_dtype, args.attn_implementation, args.trust_remote_code, args.load_in_4bit)
         model = bind_scores(model.to(device))
         return lambda texts: score(model, reward_tokenizer, texts, max_tokens=args.max_reward_tokens, progress=False)
     path, _, name = args.reward_function.rpartition(":")
@@ -209,13 +212,15 @@ def main(args):
 
     # Models. The reward model stays in memory; the reference is there only for a KL.
     accelerate.utils.set_seed(args.seed)
-    load = lambda name: load_policy(name, args.dtype, args.attn_implementation, args.trust_remote_code)
+    load = lambda name, rank=None: load_policy(name, args.dtype, args.attn_implementation, args.trust_remote_code, args.load_in_4bit, rank)
     reference = load(args.ref_model or args.model).eval().requires_grad_(False).to(device) if args.kl_coef else None
     reward = load_reward(args, reward_tokenizer, device)
-    policy = load(args.model)
+    policy = load(args.model, args.lora_rank)
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model, optimizer = accelerator.prepare(policy, adamw(policy, args.lr, args.weight_decay))
+    if args.lora_rank or adapter_base(args.model):
+        keep_only_adapter_in_state_dict(accelerator.unwrap_model(model))
     first_step = files.begin()
 
     def evaluate_at(step):

@@ -51,7 +51,7 @@ class Model:
     sha256: str | None = None  # of their file
     rewards: dict = dataclasses.field(default_factory=dict)  # {"subsets": ..., "averages": ..., "missing": ...} of reward.json
     scores: dict = dataclasses.field(default_factory=dict)  # {id of a generation: its reward}
-    wins: dict = dataclasses.field(default_factory=dict)  # {"subsets": ..., "averages": ...} of winrate.json
+    wins: list = dataclasses.field(default_factory=list)  # the same of each winrate.json, one a baseline or judge
     weights: tuple | str = ""  # (weights, effective sample sizes, B) of a VAR run, or why there are none
     colour: str = COLOURS[-1]
 
@@ -89,8 +89,11 @@ def own_generations(folder):
 
 
 def read_results(files, models, said):
-    """Yield (model, its part of "results", file) of reward or win rate files. Unknown generation files become models without generations."""
-    for file in dict.fromkeys(map(Path, files)):
+    """Yield (model, its part of "results" and the file's "settings", file) of reward or win rate files.
+
+    A generation file that is not on the page becomes a model without generations.
+    """
+    for file in dict.fromkeys(Path(file).resolve() for file in files):
         content = read_json(file)
         if not isinstance(content, dict) or not isinstance(content.get("results"), dict):
             raise InputError(f"{file}: no \"results\" in it; --reward and --winrate take what `eval.py reward` and `eval.py winrate` wrote")
@@ -104,7 +107,7 @@ def read_results(files, models, said):
             if model is None and namesake is None:
                 namesake = Model(Path(path).stem if Path(path).stem != "gen" else Path(path).parent.name, sha256=version)
                 models.append(namesake)
-            yield model or namesake, part, file
+            yield model or namesake, part | {"settings": content.get("settings") or {}}, file
 
 
 def collect(args):
@@ -126,10 +129,13 @@ def collect(args):
             models.append(model := Model(name))
         model.rows, model.sha256 = read_generations(path), sha256(path)
     folders = [model.folder for model in models if model.folder]
-    for model, part, _ in read_results([*args.reward, *(f for folder in folders for f in sorted(folder.glob("*reward.json")))], models, said):
-        model.rewards, model.scores = part, part.get("scores") or {}
+    for model, part, file in read_results([*args.reward, *(f for folder in folders for f in sorted(folder.glob("*reward.json")))], models, said):
+        if model.rewards:
+            said.append(f"{file}: a second scoring of {model.name}, not shown")
+        else:
+            model.rewards, model.scores = part, part.get("scores") or {}
     for model, part, _ in read_results([*args.winrate, *(f for folder in folders for f in sorted(folder.glob("*winrate*.json")))], models, said):
-        model.wins = part
+        model.wins.append(part)
     if not models:
         raise InputError("nothing to report: name a folder with --run, or files with --gen, --reward or --winrate")
     for i, model in enumerate(models):

@@ -113,20 +113,26 @@ def short(name, most=24):
 
 
 def intervals(rows, xlabel):
-    """rows: [(name, colour, mean, error or None)] -> a dot and a bar of +- one error each; a hollow dot where no error is known."""
+    """rows: [(name, colour, mean, error, wider error)], errors may be None -> a dot, a thick bar of +- error, a thin one of +- the other.
+
+    Without the first error the dot is hollow.
+    """
     bottom = 10 + 28 * len(rows)
-    low, high = padded([mean + sign * (error or 0) for _, _, mean, error in rows for sign in (-1, 1)])
-    x = scale(low, high, LEFT, WIDTH - RIGHT - 90)
+    low, high = padded([mean + sign * (error or 0) for _, _, mean, *errors in rows for error in errors for sign in (-1, 1)])
+    x = scale(low, high, LEFT, WIDTH - RIGHT - 130)
     parts = bottom_axis(x, [(v, f"{v:g}") for v in ticks(low, high)], 6, bottom, xlabel)
-    for i, (name, colour, mean, error) in enumerate(rows):
+    for i, (name, colour, mean, *errors) in enumerate(rows):
         middle = 20 + 28 * i
         parts.append(text(LEFT - 12, middle + 4, short(name), "end"))
-        if error is not None:
-            a, b = x(mean - error), x(mean + error)
-            parts += [line(a, middle, b, middle, colour, 2), line(a, middle - 5, a, middle + 5, colour, 2), line(b, middle - 5, b, middle + 5, colour, 2)]
-        parts.append(f'<circle cx="{x(mean)}" cy="{middle}" r="5" fill="{colour if error is not None else "#fff"}" stroke="{colour}" stroke-width="2"/>')
-        digits = min(3, max(0, 1 - math.floor(math.log10(error)))) if error else 2  # two figures of the error
-        words = f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+        for error, width in zip(errors, (5, 1.5)):
+            if error is not None:
+                a, b = x(mean - error), x(mean + error)
+                parts += [line(a, middle, b, middle, colour, width), line(a, middle - 5, a, middle + 5, colour, 1.5), line(b, middle - 5, b, middle + 5, colour, 1.5)]
+        inside = colour if errors[0] is not None else "#fff"
+        parts.append(f'<circle cx="{x(mean)}" cy="{middle}" r="5" fill="{inside}" stroke="{colour}" stroke-width="2"/>')
+        known = [error for error in errors if error]
+        digits = min(3, max(0, 1 - math.floor(math.log10(min(known))))) if known else 2  # two figures of the smaller error
+        words = f"{mean:.{digits}f}" + (" ± " + " / ".join("–" if e is None else f"{e:.{digits}f}" for e in errors) if known else "")
         parts.append(text(WIDTH, middle + 4, words, "end"))
     return drawing(parts, bottom + 44, xlabel)
 

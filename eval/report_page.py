@@ -48,24 +48,24 @@ def number(value, digits=3):
     return "–" if not finite(value) else f"{value:.{digits}f}"
 
 
+def percent(value):
+    return f"{number(100 * value, 1)} %" if finite(value) else "–"
+
+
 def finite(value):
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def with_error(numbers, quantity, factor=1.0):
-    """(mean, standard error or None, what the error is over or None) of one quantity of a reward or win rate table."""
-    mean = numbers.get(quantity)
-    for over in ("seeds", "items"):
-        error = numbers.get(f"{quantity}_error_over_{over}")
-        if finite(mean) and finite(error):
-            return factor * mean, factor * error, over
-    return (factor * mean if finite(mean) else None), None, None
+def with_errors(numbers, quantity, factor=1.0):
+    """(mean, standard error over seeds, standard error over items) of one quantity of a reward or win rate table; None for what there is not."""
+    found = (numbers.get(quantity), *(numbers.get(f"{quantity}_error_over_{over}") for over in ("seeds", "items")))
+    return tuple(factor * value if finite(value) else None for value in found)
 
 
-def show(mean, error, over, digits=2):
-    if mean is None:
-        return "–"
-    return number(mean, digits) + ("" if error is None else f" ± {number(error, digits)}" + (" (items)" if over == "items" else ""))
+def show(mean, seeds, items, digits=2):
+    """'mean ± over seeds / over items'; a mean alone where neither error is known."""
+    errors = "" if seeds is None and items is None else f" ± {number(seeds, digits)} / {number(items, digits)}"
+    return number(mean, digits) + errors
 
 
 def averages(part):
@@ -79,23 +79,29 @@ def results_section(models):
     for name, why in dict.fromkeys(item for m in models for item in (m.rewards.get("missing") or {}).items()):
         lacking += missing_of([m for m in models if (m.rewards.get("missing") or {}).get(name) == why], f"no {name} ({why})")
     if scored:
-        head = ["model", "method", "n", "seeds", "reward (raw)", "100·sigmoid", "tokens", "cut", "win rate"]
+        head = ["model", "method", "n", "seeds", "reward (raw)", "100·sigmoid", "tokens", "cut", "win %"]
         rows = []
         for m in scored:
-            all_, win = averages(m.rewards)["All"], with_error(averages(m.wins).get("All", {}), "win_rate", 100)
+            all_, wins = averages(m.rewards)["All"], averages(m.wins[0]) if m.wins else {}
+            win = show(*with_errors(wins.get("All", {}), "win_rate", 100), 1)
             cells = [m.name, m.run.get("args", {}).get("loss", "–"), f"{all_.get('n', 0):,}", str(len(all_.get("seeds", [])))]
-            cells += [show(*with_error(all_, "reward"), 3), show(*with_error(all_, "sigmoid100")), show(*with_error(all_, "response_tokens"), 1)]
-            rows.append(cells + [f"{number(100 * all_.get('cut', math.nan), 1)} %", show(*win, 1) + ("" if win[0] is None else " %")])
+            cells += [show(*with_errors(all_, "reward"), 3), show(*with_errors(all_, "sigmoid100")), number(all_.get("response_tokens"), 1)]
+            rows.append(cells + [percent(all_.get("cut")), win])
         parts.append(html_table(head, rows))
+        judges = list(dict.fromkeys(", ".join(f"{k} {v}" for k, v in m.rewards["settings"].items()) for m in scored))
+        parts.append(f'<p class="note">Scored with {escape(" and with ".join(judges))}.</p>' if judges != [""] else "")
+        if len(judges) > 1:
+            parts.append(missing("the rewards are not all of the same reward model and settings: do not compare them"))
         parts.append(figure(
-            intervals([(m.name, m.colour, *with_error(averages(m.rewards)["All"], "sigmoid100")[:2]) for m in scored], "average reward, 100 · sigmoid(logit)"),
-            "Tables 1 and 2. Dots that differ by less than their bars may be the same. Bars: ± one standard error over seeds (over items where it "
-            "says so); a hollow dot has none, because there was one seed. Seeds vary the sampling only: training itself was done once.",
+            intervals([(m.name, m.colour, *with_errors(averages(m.rewards)["All"], "sigmoid100")) for m in scored], "average reward, 100 · sigmoid(logit)"),
+            "Tables 1 and 2. In table and picture ± is one standard error, over sampling seeds / over items (prompts). The thick bar is over seeds: would "
+            "the same prompts say the same again? The thin one is over items: would other prompts? A hollow dot has no error over seeds, as there was "
+            "one. No error covers training, which was done once.",
         ))  # fmt: skip
         columns = list(dict.fromkeys(name for m in scored for name in [*averages(m.rewards), *m.rewards.get("subsets", {})]))
         if len(columns) > 2:
             of = lambda m, name: averages(m.rewards).get(name) or m.rewards.get("subsets", {}).get(name) or {}
-            parts.append(html_table(["100·sigmoid", *columns], [[m.name, *(show(*with_error(of(m, c), "sigmoid100")) for c in columns)] for m in scored]))
+            parts.append(html_table(["100·sigmoid", *columns], [[m.name, *(show(*with_errors(of(m, c), "sigmoid100")) for c in columns)] for m in scored]))
     return parts + lacking
 
 
@@ -141,27 +147,33 @@ def lengths_section(models):
 
 
 def win_parts(numbers):
-    """((win, tie, loss) shares, standard error of win or None) from counts or rates, or None."""
-    counts = [next((numbers[name] for name in names if finite(numbers.get(name))), None) for names in (("wins", "win"), ("ties", "tie"), ("losses", "loss"))]
-    if None in counts or not sum(counts):
-        return None
-    return [count / sum(counts) for count in counts], with_error(numbers, "win_rate")[1]
+    """((win, tie, loss) shares, standard error of the win share over seeds, else items), or None where there are no such numbers."""
+    rates = [numbers.get(f"{word}_rate") for word in ("win", "tie", "loss")]
+    _, seeds, items = with_errors(numbers, "win_rate")
+    return (rates, items if seeds is None else seeds) if all(map(finite, rates)) else None
 
 
 def wins_section(models):
-    rows, judged = [], [m for m in models if m.wins]
-    for m in judged:
-        subsets = m.wins.get("subsets") or {}
-        subsets = averages(m.wins) | (subsets if len(subsets) != 1 else {})  # one subset is its own average
-        rows += [(f"{m.name}: {name}", *found) for name, numbers in subsets.items() if (found := win_parts(numbers))]
+    rows, notes = [], []
+    for m, part in [(model, part) for model in models for part in model.wins]:
+        subsets = part.get("subsets") or {}
+        subsets = averages(part) | (subsets if len(subsets) != 1 else {})  # one subset is its own average
+        rows += [(f"{m.name}: {name}", *found) for name, numbers in subsets.items() if numbers and (found := win_parts(numbers))]
+        settings, counts, position = part["settings"], part.get("counts") or {}, part.get("position") or {}
+        words = f"{m.name} against {settings.get('baseline', '?')}, judged by {settings.get('judge', '?')}: "
+        words += ", ".join(f"{counts[word]:,} {word}" for word in ("wins", "ties", "losses", "invalid", "failed", "identical") if word in counts)
+        if position.get("judged"):
+            words += f"; the answer shown first won {percent(position.get('first_position_wins'))} of the decided verdicts, the order changed the winner in "
+            words += f"{percent(position.get('flipped'))} of the items"
+        notes.append(f'<p class="note">{escape(words)}.</p>')
     parts = []
     if rows:
         parts.append(figure(
             shares(rows, "share of judged items"),
             "Figure 1. Every item is judged in both orders; green is won, grey tied, orange lost. The black bar is the share of wins ± one "
-            "standard error, over seeds where there are several.",
+            "standard error, over seeds where there are several, else over items. Far from 50 % for the answer shown first, the judge is biased.",
         ))  # fmt: skip
-    return parts + missing_of([m for m in models if not m.wins], "no win rates (eval.py winrate --out RUN/winrate.json)")
+    return parts + notes + missing_of([m for m in models if not m.wins], "no win rates (eval.py winrate --out RUN/winrate.json)")
 
 
 def weights_section(models):
@@ -208,17 +220,24 @@ def side_by_side_section(models, most):
     for i, k in enumerate(picked, 1):
         first = next(table[k] for table in tables if k in table)
         turns = "".join(f'<div class="role">{escape(str(t.get("role")))}</div><div class="text">{escape(str(t.get("content")))}</div>' for t in first["prompt"])
-        answers = [answer(m.name, m.colour, table[k], m.scores.get(table[k]["id"])) for m, table in zip(have, tables) if k in table]
+        answers = [answer(m, table[k]) for m, table in zip(have, tables) if k in table]
         if isinstance(first.get("chosen"), str):
             answers.append(f'<div class="answer" style="border-color: #bbb"><b>chosen in the data</b><div class="text">{escape(first["chosen"])}</div></div>')
         parts.append(f'<h3>{i}. {escape(k[0])}</h3><div class="prompt">{turns}</div><div class="answers">{"".join(answers)}</div>')
     return parts
 
 
-def answer(name, colour, row, reward):
-    about = f"{row['response_tokens']} tokens" + ("" if row["finished"] else ", cut") + (f", reward {reward:.2f}" if finite(reward) else "")
+def answer(model, row):
+    about = f"{row['response_tokens']} tokens" + ("" if row["finished"] else ", cut")
+    if finite(reward := model.scores.get(row["id"])):
+        about += f", reward {reward:.2f}"
+    if outcome := (model.wins[0].get("outcomes") or {}).get(row["id"]) if model.wins else None:
+        about += f", {outcome}"
     words = escape(row["response"]) or "<i>(empty)</i>"
-    return f'<div class="answer" style="border-color: {colour}"><b>{escape(name)}</b> <span class="role">{about}</span><div class="text">{words}</div></div>'
+    return (
+        f'<div class="answer" style="border-color: {model.colour}"><b>{escape(model.name)}</b> <span class="role">{escape(about)}</span>'
+        f'<div class="text">{words}</div></div>'
+    )
 
 
 def settings_section(models):

@@ -11,7 +11,6 @@ from tiny import run_program
 import torch
 import transformers
 
-import eval as eval_package
 from baselines import grpo
 
 CLOCKS = ("time/sampling", "time/rewards", "time/update", "time/total", "time/sampling_share")
@@ -137,7 +136,7 @@ def test_an_impossible_flag_is_named(world, rules, capsys, bad):  # noqa: F811
 def test_samples_come_from_the_policy_itself(world, tmp_path, monkeypatch):  # noqa: F811
     """Temperature 1, no top-p, no top-k: otherwise the ratio would not be 1 at the start."""
     seen = []
-    monkeypatch.setattr(grpo, "generate_responses", lambda *a: seen.append(a) or eval_package.missing)
+    monkeypatch.setattr(grpo, "generate_responses", lambda *a: seen.append(a) or torch.missing)
     with pytest.raises(AttributeError):
         grpo.main(grpo.parse_args(words(world, tmp_path / "out", reward_model=world.judge)))
     _, _, prompts, seeds, most, temperature, top_p, top_k = seen[0]

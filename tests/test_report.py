@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 
 import train
 from eval import report
+from eval.files import item_of
 from eval.report_figures import COLOURS, curves, intervals, ridges, shares, spread, ticks
+from eval.winrate import win_table
 from formats import InputError
 
 NASTY = '<script>alert(1)</script><img src="http://x/y" onerror=\'z\'> & "quoted" </svg></style>'
@@ -141,14 +143,17 @@ def test_a_curve_goes_through_its_points():
 
 
 def test_an_error_bar_is_one_error_to_either_side():
-    svg = drawn(intervals([("a", COLOURS[0], 40.0, 5.0), ("b", COLOURS[1], 60.0, None)], "score"))
+    """The thick one is the first error, the thin one the second; a hollow dot has no first one."""
+    svg = drawn(intervals([("a", COLOURS[0], 40.0, 2.5, 5.0), ("b", COLOURS[1], 60.0, None, None)], "score"))
     x = axis(svg, "middle", "x", 0)
-    (bar,) = [line for line in children(svg, "line") if line.get("y1") == line.get("y2") and line.get("stroke") == COLOURS[0]]
-    assert (x(float(bar.get("x1"))), x(float(bar.get("x2")))) == (pytest.approx(35, abs=0.05), pytest.approx(45, abs=0.05))
+    of = lambda colour: [line for line in children(svg, "line") if line.get("y1") == line.get("y2") and line.get("stroke") == colour]
+    thin, thick = sorted(of(COLOURS[0]), key=lambda line: float(line.get("stroke-width")))
+    assert [x(float(thick.get(end))) for end in ("x1", "x2")] == [pytest.approx(37.5, abs=0.05), pytest.approx(42.5, abs=0.05)]
+    assert [x(float(thin.get(end))) for end in ("x1", "x2")] == [pytest.approx(35, abs=0.05), pytest.approx(45, abs=0.05)]
     a, b = children(svg, "circle")
     assert [x(float(c.get("cx"))) for c in (a, b)] == [pytest.approx(40, abs=0.05), pytest.approx(60, abs=0.05)]
-    assert a.get("fill") == COLOURS[0] and b.get("fill") == "#fff"  # hollow: no error is known
-    assert not [line for line in children(svg, "line") if line.get("stroke") == COLOURS[1]]
+    assert a.get("fill") == COLOURS[0] and b.get("fill") == "#fff" and not of(COLOURS[1])
+    assert "40.0 ± 2.5 / 5.0" in [t.text for t in children(svg, "text")]
 
 
 def steps_of(path):
@@ -206,9 +211,9 @@ def test_labels_that_would_lie_on_each_other_are_moved_apart():
 
 def test_degenerate_numbers_are_drawn_too():
     """One point, one value, all alike, all zero: finite coordinates only."""
-    pictures = [curves([("a", "#111", [(0, 1.0)])], "x", "y"), intervals([("a", "#111", 0.0, None)], "x"), ridges([("a", "#111", [5], "")], "x", whole=True),
+    pictures = [curves([("a", "#111", [(0, 1.0)])], "x", "y"), intervals([("a", "#111", 0.0, None, None)], "x"), intervals([("a", "#111", 0.0, 0.0, None)], "x"), ridges([("a", "#111", [5], "")], "x", whole=True),
                 ridges([("a", "#111", [1.0, 1.0], "")], "x", log=True), ridges([("a", "#111", [0.0], "")], "x", log=True), shares([("a", [1.0, 0, 0], None)], "x")]  # fmt: skip
-    assert not re.search(r">\d+\.\d+<", pictures[2])  # no 5.5 tokens
+    assert not re.search(r">\d+\.\d+<", pictures[3])  # no 5.5 tokens
     for picture in pictures:
         assert drawn(picture) is not None and "nan" not in picture and "inf" not in picture
 
@@ -228,7 +233,7 @@ def two_runs(tmp_path):
     base = write(tmp_path / "base.jsonl", rows[:4])
     scores = {row["id"]: 1.5 + i for i, row in enumerate(rows)}
     tables = {
-        var / "gen.jsonl": {"subsets": {"kitchen": numbers(0.75, 0.125)}, "averages": {"All": numbers(0.75, 0.125), "Helpful": None}, "scores": scores, "missing": {"Helpful": "no such subset"}},
+        var / "gen.jsonl": {"subsets": {"kitchen": numbers(0.75, 0.125)}, "averages": {"All": numbers(0.75, 0.125, reward_error_over_items=0.25), "Helpful": None}, "scores": scores, "missing": {"Helpful": "no such subset"}},
         dpo / "gen.jsonl": {"subsets": {"kitchen": numbers(-0.5)}, "averages": {"All": numbers(-0.5)}},
     }
     reward = results(tmp_path, of=tables)
@@ -236,21 +241,13 @@ def two_runs(tmp_path):
 
 
 def test_the_table_holds_the_numbers_of_the_reward_file(tmp_path, two_runs):
-    """Mean and standard error as they are in the file; one seed has no error; a model without rewards is named below; a null average too."""
+    """Mean and standard errors over seeds and items as they are in the file; one seed has none; a model without rewards is named below; a null average too."""
     page = make(tmp_path, *two_runs.flags)
     head, var, dpo = page.tables[0]
-    assert var[:6] == ["var", "var", "6", "3", "0.750 ± 0.125", "67.92 ± 1.25"] and var[6:8] == ["4.2 ± 0.1", "12.5 %"] and len(head) == len(var)
+    assert var[:6] == ["var", "var", "6", "3", "0.750 ± 0.125 / 0.250", "67.92 ± 1.25 / –"] and var[6:8] == ["4.2", "12.5 %"] and len(head) == len(var)
     assert dpo[:6] == ["dpo", "dpo", "6", "1", "-0.500", "37.75"]
     assert "base: no rewards" in page.sections["Results"] and "var: no Helpful (no such subset)" in page.sections["Results"]
-    assert "standard error over seeds" in page.sections["Results"]
-
-
-def test_an_error_over_items_is_named_as_such(tmp_path, two_runs):
-    two_runs.tables[two_runs.dpo / "gen.jsonl"]["averages"]["All"]["reward_error_over_items"] = 0.25
-    two_runs.tables[two_runs.var / "gen.jsonl"]["averages"]["All"]["reward_error_over_items"] = 0.25
-    results(tmp_path, of=two_runs.tables)
-    _, var, dpo, *_ = make(tmp_path, *two_runs.flags).tables[0]
-    assert dpo[4] == "-0.500 ± 0.250 (items)" and var[4] == "0.750 ± 0.125"  # over seeds where there are several
+    assert "over sampling seeds / over items" in page.sections["Results"]
 
 
 def test_validation_rewards_and_losses_along_training(tmp_path, two_runs):
@@ -272,20 +269,51 @@ def test_lengths_and_cut_shares_are_of_the_generations(tmp_path, two_runs):
     assert "mean 5.3, cut 33 %" in words and "mean 6.0, cut 0 %" in words  # var: 7, 7, 5, 5, 4, 4; base: its first four
 
 
-def test_win_rates_are_shares_of_counts(tmp_path, two_runs):
-    """Averages and, where there are several, subsets; the table's win rate carries its error."""
-    part = lambda win, tie, loss: {"wins": win, "ties": tie, "losses": loss, "win_rate": win / (win + tie + loss), "win_rate_error_over_seeds": 0.05}
-    table = {"subsets": {"kitchen": part(6, 2, 2), "garden": part(1, 0, 3)}, "averages": {"All": part(7, 2, 5), "Helpful": None}}
-    winrate = results(tmp_path, "winrate", of={two_runs.var / "gen.jsonl": table})
-    page = make(tmp_path, *two_runs.flags, "--winrate", winrate)
+def judged(rows, outcomes):
+    """What `eval.py winrate` writes about one generation file, with its own arithmetic."""
+    items = [{"id": row["id"], "item": item_of(row), "subset": row["subset"], "seed": row["seed"], "model": row["response"], "baseline": "No."} for row in rows]
+    outcomes = dict(zip((row["id"] for row in rows), outcomes))
+    position = {"judged": 5, "decided": 8, "first_position_wins": 0.625, "flipped": 0.2}
+    return win_table(items, outcomes) | {"position": position, "outcomes": outcomes}
+
+
+def test_win_rates_are_those_of_the_judged_items(tmp_path, two_runs):
+    """Figure 1 per average and subset, the counts and the position bias in words, the win rate in the table, the outcome beside each answer."""
+    rows = two_runs.rows[:4] + [generation("Cut?", seed, "Cut? 0", subset="helpful_garden") for seed in (0, 1)]
+    write(two_runs.var / "gen.jsonl", rows)
+    part = judged(rows, ["win", "win", "win", "tie", "loss", "invalid"])
+    winrate = results(tmp_path, "winrate", of={two_runs.var / "gen.jsonl": part})
+    winrate.write_text(json.dumps(json.loads(winrate.read_text()) | {"settings": {"judge": "J<b>", "baseline": "chosen"}}))
+    reward = results(tmp_path, of={two_runs.var / "gen.jsonl": two_runs.tables[two_runs.var / "gen.jsonl"]})
+    page = make(tmp_path, "--run", two_runs.var, "--winrate", winrate, "--reward", reward)
     words = page.sections["Win rates"].split("\n")
-    assert [words.index(name) for name in ("var: All", "var: kitchen", "var: garden")] == sorted(words.index(name) for name in ("var: All", "var: kitchen", "var: garden"))
-    after = words[words.index("var: kitchen") + 1 :]
-    assert after[:3] == ["60 %", "20 %", "20 %"] and "dpo, base: no win rates" in page.sections["Win rates"]
-    assert page.tables[0][1][8] == "50.0 ± 5.0 %"
-    del table["subsets"]["garden"]
-    page = make(tmp_path, *two_runs.flags, "--winrate", results(tmp_path, "winrate", of={two_runs.var / "gen.jsonl": table}))
-    assert "var: All" in page.sections["Win rates"] and "var: kitchen" not in page.sections["Win rates"]  # one subset is its own average
+    bars = {name: words[words.index(name) + 1 :][:2] for name in words if name.startswith("var: ")}
+    assert bars["var: kitchen"] == ["75 %", "25 %"]  # seed 0: two wins; seed 1: a win and a tie
+    assert bars["var: All"] == ["50 %", "50 %"]  # of seed 0, the only one with every subset: kitchen won, garden lost
+    assert bars["var: Helpful"][0] == bars["var: helpful_garden"][0] == "100 %"  # lost
+    text = page.sections["Win rates"]
+    assert "var against chosen, judged by J<b>: 3 wins, 1 ties, 1 losses, 1 invalid" in text and "shown first won 62.5 %" in text and "winner in 20.0 %" in text
+    assert page.tables[0][1][8] == "50.0"
+    assert "tokens, reward 1.50, win" in page.sections["Side by side"] and "loss" in page.sections["Side by side"]
+
+
+def test_one_subset_is_its_own_average(tmp_path, two_runs):
+    winrate = results(tmp_path, "winrate", of={two_runs.var / "gen.jsonl": judged(two_runs.rows, ["win"] * 3 + ["loss"] * 3)})
+    page = make(tmp_path, *two_runs.flags, "--winrate", winrate)
+    words = page.sections["Win rates"]
+    assert "var: All" in words and "var: kitchen" not in words and "dpo, base: no win rates" in words
+    assert page.tables[0][1][8] == "50.0 ± 16.7 / 28.9"  # seeds 2/3 and 1/3: sd 0.236, over sqrt 2; items 1, 1/2, 0: sd 0.5, over sqrt 3
+
+
+def test_rewards_of_two_reward_models_are_not_compared(tmp_path, two_runs):
+    one, two = (results(tmp_path, name, of={run / "gen.jsonl": two_runs.tables[run / "gen.jsonl"]}) for name, run in (("a", two_runs.var), ("b", two_runs.dpo)))
+    for path, judge in ((one, "sha256:1"), (two, "sha256:2")):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": {"reward_model": judge}}))
+    words = make(tmp_path, "--run", two_runs.var, "--run", two_runs.dpo, "--reward", one, "--reward", two).sections["Results"]
+    assert "reward_model sha256:1 and with reward_model sha256:2" in words and "do not compare" in words
+    page = make(tmp_path, "--run", two_runs.var, "--reward", one)
+    assert "do not compare" not in page.sections["Results"]
+    assert "b.json: a second scoring" not in page.text and "second scoring of dpo" in make(tmp_path, "--run", two_runs.dpo, "--reward", two, "--reward", two_runs.reward).text
 
 
 def test_weights_are_those_the_run_trained_with(tmp_path, two_runs):
@@ -346,7 +374,7 @@ def test_what_a_model_wrote_is_never_markup(tmp_path):
     rows = [generation(NASTY, response=NASTY, subset=NASTY, chosen=NASTY, tokens=9)]
     rows[0]["prompt"].insert(0, {"role": NASTY, "content": "\u2028 first"})
     var = run_folder(tmp_path / "a<script>&'\"c", rows=rows, validation=[{"step": s, "n": 1, "reward": s} for s in (0, 1)], metrics=[{"step": 0, "eval/loss": 1.0}], note=NASTY)
-    part = {"wins": 1, "ties": 0, "losses": 1}
+    part = {"win_rate": 0.5, "tie_rate": 0.0, "loss_rate": 0.5}
     tables = {var / "gen.jsonl": {"subsets": {NASTY: numbers(1.0, 0.5), "x": numbers(0.0)}, "averages": {"All": numbers(1.0)}, "missing": {NASTY: "</p><b>none"}}}
     winrate = results(tmp_path, "winrate", of={var / "gen.jsonl": {"subsets": {NASTY: part, "b": part}, "averages": {"All": part}}})
     page = make(tmp_path, "--run", var, "--reward", results(tmp_path, of=tables), "--winrate", winrate, "--gen", f"<u>&amp;={var / 'gen.jsonl'}")
@@ -364,7 +392,7 @@ def test_rewards_follow_the_file_not_its_name(tmp_path, two_runs):
     moved.parent.mkdir()
     two_runs.var.rename(moved)
     page = make(tmp_path, "--run", moved, "--reward", two_runs.reward)
-    assert page.tables[0][1][0] == "mine" and page.tables[0][1][4] == "0.750 ± 0.125"
+    assert page.tables[0][1][0] == "mine" and page.tables[0][1][4] == "0.750 ± 0.125 / 0.250"
     write(moved / "gen.jsonl", two_runs.rows[:2])
     moved.rename(two_runs.var)
     page = make(tmp_path, "--run", two_runs.var, "--reward", two_runs.reward)
