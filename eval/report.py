@@ -81,11 +81,13 @@ def read_run(folder):
     return Model(folder.resolve().name, folder, validation=read_lines(folder / "eval" / "rewards.jsonl"), **found)
 
 
-def own_generations(folder):
-    """The generation file inside a run folder: gen.jsonl, or the only one that has its settings beside it; else None."""
-    found = [path for path in sorted(folder.glob("*.jsonl")) if Path(f"{path}.settings.json").exists()]
-    named = [path for path in found if path.name == "gen.jsonl"]
-    return (named or found)[0] if named or len(found) == 1 else None
+def own_generations(model, said):
+    """The generation file inside a run folder: gen.jsonl, or the only one that has its settings beside it; else None, and why if there are several."""
+    found = [path for path in sorted(model.folder.glob("*.jsonl")) if Path(f"{path}.settings.json").exists()]
+    named = [path for path in found if path.name == "gen.jsonl"] or found
+    if len(named) > 1:
+        said.append(f"{model.folder}: {', '.join(path.name for path in named)} all hold generations; name one with --gen {model.name}=FILE")
+    return named[0] if len(named) == 1 else None
 
 
 def read_results(files, models, said):
@@ -117,8 +119,6 @@ def collect(args):
     for model in models:
         if names.count(model.name) > 1:
             model.name = str(model.folder)  # runs/a/var and runs/b/var
-        if path := own_generations(model.folder):
-            model.rows, model.sha256 = read_generations(path), sha256(path)
     for argument in args.gen:
         name, equals, path = argument.partition("=")
         name, path = (name, Path(path)) if equals else (Path(argument).stem, Path(argument))
@@ -128,6 +128,9 @@ def collect(args):
         if model is None:
             models.append(model := Model(name))
         model.rows, model.sha256 = read_generations(path), sha256(path)
+    for model in models:
+        if model.folder and not model.rows and (path := own_generations(model, said)):
+            model.rows, model.sha256 = read_generations(path), sha256(path)
     folders = [model.folder for model in models if model.folder]
     for model, part, file in read_results([*args.reward, *(f for folder in folders for f in sorted(folder.glob("*reward.json")))], models, said):
         if model.rewards:

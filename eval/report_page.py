@@ -77,7 +77,7 @@ def results_section(models):
     scored = [m for m in models if averages(m.rewards).get("All", {}).get("reward") is not None]
     lacking, parts = missing_of([m for m in models if m not in scored], "no rewards (eval.py generate, then eval.py reward --out RUN/reward.json)"), []
     for name, why in dict.fromkeys(item for m in models for item in (m.rewards.get("missing") or {}).items()):
-        lacking += missing_of([m for m in models if (m.rewards.get("missing") or {}).get(name) == why], f"no {name} ({why})")
+        lacking += missing_of([m for m in models if (m.rewards.get("missing") or {}).get(name) == why], f"no numbers for {name} ({why})")
     if scored:
         head = ["model", "method", "n", "seeds", "reward (raw)", "100·sigmoid", "tokens", "cut", "win %"]
         rows = []

@@ -246,7 +246,7 @@ def test_the_table_holds_the_numbers_of_the_reward_file(tmp_path, two_runs):
     head, var, dpo = page.tables[0]
     assert var[:6] == ["var", "var", "6", "3", "0.750 ± 0.125 / 0.250", "67.92 ± 1.25 / –"] and var[6:8] == ["4.2", "12.5 %"] and len(head) == len(var)
     assert dpo[:6] == ["dpo", "dpo", "6", "1", "-0.500", "37.75"]
-    assert "base: no rewards" in page.sections["Results"] and "var: no Helpful (no such subset)" in page.sections["Results"]
+    assert "base: no rewards" in page.sections["Results"] and "var: no numbers for Helpful (no such subset)" in page.sections["Results"]
     assert "over sampling seeds / over items" in page.sections["Results"]
 
 
@@ -302,6 +302,10 @@ def test_one_subset_is_its_own_average(tmp_path, two_runs):
     page = make(tmp_path, *two_runs.flags, "--winrate", winrate)
     words = page.sections["Win rates"]
     assert "var: All" in words and "var: kitchen" not in words and "dpo, base: no win rates" in words
+    (bars,) = [svg for svg in page.svgs if "judged" in svg.get("aria-label")]
+    x = axis(bars, "middle", "x", 0)
+    ends = [x(float(line.get(end))) for line in children(bars, "line") if line.get("stroke") == "#000" for end in ("x1", "x2")]
+    assert (min(ends), max(ends)) == (pytest.approx(50 - 16.67, abs=0.05), pytest.approx(50 + 16.67, abs=0.05))  # over seeds, as in Figure 1
     assert page.tables[0][1][8] == "50.0 ± 16.7 / 28.9"  # seeds 2/3 and 1/3: sd 0.236, over sqrt 2; items 1, 1/2, 0: sd 0.5, over sqrt 3
 
 
@@ -331,7 +335,14 @@ def test_weights_are_those_the_run_trained_with(tmp_path, two_runs):
     weights, sizes, B = report.weights_of(report.read_run(two_runs.var))
     assert weights == pytest.approx(expected, rel=1e-5) and B == 2
     assert sizes == pytest.approx([(a + b) ** 2 / (a**2 + b**2) for a, b in (expected[:2], expected[2:])], rel=1e-5)
-    words = make(tmp_path, *two_runs.flags).sections["Weights"]
+    page = make(tmp_path, *two_runs.flags)
+    words = page.sections["Weights"]
+    (ess,) = [svg for svg in page.svgs if "sample size" in svg.get("aria-label")]
+    assert [t.text for t in children(ess, "text") if t.get("text-anchor") == "middle"][:-1] == ["1", "1.2", "1.4", "1.6", "1.8", "2"]  # from 1 to B
+    (two_runs.var / "tables.safetensors").rename(tmp_path / "shared.safetensors")
+    run = report.read_run(two_runs.var)
+    run.run["args"]["tables"] = str(tmp_path / "shared.safetensors")
+    assert report.weights_of(run)[0] == weights
     assert f"max / mean {4 * max(expected) / sum(expected):.1f}" in words and f"mean {sum(sizes) / 2:.1f} of 2" in words and "var 0.50" in words
     assert "dpo: a method without the weights" in words
 
@@ -373,7 +384,7 @@ def test_what_a_model_wrote_is_never_markup(tmp_path):
     """Prompt, role, answer, subset, chosen answer, file name, settings and reasons: all come out as the text they are, and nothing is loaded."""
     rows = [generation(NASTY, response=NASTY, subset=NASTY, chosen=NASTY, tokens=9)]
     rows[0]["prompt"].insert(0, {"role": NASTY, "content": "\u2028 first"})
-    var = run_folder(tmp_path / "a<script>&'\"c", rows=rows, validation=[{"step": s, "n": 1, "reward": s} for s in (0, 1)], metrics=[{"step": 0, "eval/loss": 1.0}], note=NASTY)
+    var = run_folder(tmp_path / "a<script>&'\"c", rows=rows, validation=[{"step": s, "n": 1, "reward": s} for s in (0, 1)], metrics=[{"step": 0, "eval/loss": 1.0}], note=NASTY, model=NASTY)
     part = {"win_rate": 0.5, "tie_rate": 0.0, "loss_rate": 0.5}
     tables = {var / "gen.jsonl": {"subsets": {NASTY: numbers(1.0, 0.5), "x": numbers(0.0)}, "averages": {"All": numbers(1.0)}, "missing": {NASTY: "</p><b>none"}}}
     winrate = results(tmp_path, "winrate", of={var / "gen.jsonl": {"subsets": {NASTY: part, "b": part}, "averages": {"All": part}}})
@@ -411,6 +422,30 @@ def test_what_is_missing_is_said_in_every_section(tmp_path):
     said |= {"Weights": "var: no table at", "Side by side": "no generations"}
     assert [*page.sections] == [*said, "Settings"] and all(words in page.sections[title] for title, words in said.items())
     assert not page.svgs and len(page.tables) == 1
+
+
+def test_several_generation_files_are_not_guessed_from(tmp_path, two_runs):
+    """Two files with settings beside them and none named gen.jsonl: said, until --gen names one of them under the run's name."""
+    for name in ("helpful", "harmless"):
+        write(two_runs.var / f"{name}.jsonl", two_runs.rows[:2])
+        (two_runs.var / f"{name}.jsonl.settings.json").write_text("{}")
+    assert "all hold" not in make(tmp_path, "--run", two_runs.var).text  # gen.jsonl it is
+    (two_runs.var / "gen.jsonl").unlink()
+    page = make(tmp_path, "--run", two_runs.var)
+    assert "harmless.jsonl, helpful.jsonl all hold generations; name one with --gen var=FILE" in page.text and "var: no generations" in page.sections["Lengths"]
+    page = make(tmp_path, "--run", two_runs.var, "--gen", two_runs.var / "helpful.jsonl")
+    assert "mean 7.0, cut 0 %" in page.sections["Lengths"] and "all hold" not in page.text
+
+
+def test_a_run_can_be_looked_at_while_it_goes_on(tmp_path, two_runs):
+    """A metrics line that is being written, a reward file inside the folder that is named as well, a run that is not finished."""
+    with open(two_runs.var / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')
+    (two_runs.var / "reward.json").write_text(two_runs.reward.read_text())
+    about = json.loads((two_runs.var / "run.json").read_text())
+    (two_runs.var / "run.json").write_text(json.dumps(about | {"finished": False}))
+    page = make(tmp_path, "--run", two_runs.var, "--reward", two_runs.var / ".." / "var" / "reward.json")
+    assert "second scoring" not in page.text and page.tables[0][1][4] == "0.750 ± 0.125 / 0.250" and "not finished" in page.text
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
