@@ -17,6 +17,7 @@ What is missing is said where it would stand.
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,8 @@ from eval.files import read_generations, read_jsonl, sha256
 from eval.report_figures import COLOURS
 from eval.report_page import page
 from formats import InputError
+
+MOST = 2000  # micro-batches whose weights are shown: more changes no picture, and 60,000 would take a minute
 
 
 # fmt: off
@@ -148,7 +151,7 @@ def collect(args):
 
 
 def weights_of(model):
-    """(weights, effective sample sizes, B) of a VAR run's micro-batches that are in its table, or a line that says why not."""
+    """(weights, effective sample sizes, B) of at most MOST evenly spaced micro-batches in a VAR run's table, or a line that says why there are none."""
     args, path = model.run.get("args", {}), model.folder / "tables.safetensors"
     if args.get("loss") != "var":
         return "a method without the weights exp(r/beta)/Zhat"
@@ -161,14 +164,15 @@ def weights_of(model):
     from var import effective_sample_size, log_weights, weights_from_log
 
     stored, weights, sizes = SimpleNamespace(**load_file(path)), [], []
-    for m in range(len(stored.rewards)):
+    measured = (~stored.rewards[:, 0, 0].isnan()).nonzero().flatten().tolist()  # --max_steps needs only some of the micro-batches
+    for m in measured[:: math.ceil(len(measured) / MOST) or 1]:
         rewards, ref_logps = Tables.micro_batch(stored, m, args["ref_logps"])
         if args["estimator"] == "constant":
             rewards, ref_logps = rewards.diagonal(), None
         elif args["estimator"] == "monte_carlo":
             ref_logps = None
         if rewards.isnan().any() or (ref_logps is not None and ref_logps.isnan().any()):
-            continue  # --max_steps needed only some of the micro-batches
+            continue  # an interrupted tables.py: one of the two halves is missing
         log_w = log_weights(rewards, ref_logps, args["beta"], args["estimator"])
         weights += weights_from_log(log_w, args["normalize_weights"]).tolist()
         sizes.append(effective_sample_size(log_w).item())

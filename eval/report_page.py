@@ -13,8 +13,9 @@ from eval.report_figures import curves, intervals, ridges, shares
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1060px; margin: 2em auto; padding: 0 1.5em }
 h1 { font-size: 1.6em } h2 { font-size: 1.25em; margin-top: 2.2em; border-bottom: 1px solid #ddd } h3 { font-size: 1em; margin-bottom: 0.3em }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: 0.25em 0.8em; border-bottom: 1px solid #eee; text-align: right }
-td:first-child, th:first-child { text-align: left } td.same { color: #888 } .settings td, .settings th { text-align: left; overflow-wrap: anywhere }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
+td, th { padding: 0.25em 0.8em; border-bottom: 1px solid #eee; text-align: right; white-space: nowrap }
+td:first-child, th:first-child { text-align: left } td.same { color: #888 } .settings td, .settings th { text-align: left; white-space: normal; overflow-wrap: anywhere }
 figure { margin: 1.2em 0 } figcaption, .note { color: #555; font-size: 0.92em } .missing { color: #8a4b00; background: #fff6e8; padding: 0.3em 0.7em }
 svg { width: 100%; height: auto; fill: #333 } svg text { font: 12px system-ui, sans-serif } svg text.axis { font-weight: 600 }
 .prompt { background: #f2f4f7; padding: 0.5em 0.8em } .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 0.6em }
@@ -186,7 +187,7 @@ def weights_section(models):
             rows.append((m.name, m.colour, weights, f"max / mean {max(weights) * len(weights) / sum(weights):.1f}"))
         parts.append(figure(
             ridges(rows, "weight w of a training response, logarithmic", log=True),
-            "Weights of Eq. 10 over all measured micro-batches. A narrow peak is nearly SFT. A thin tail far to the right of the mean (thick line): "
+            "Weights of Eq. 10 in the run's table (2,000 micro-batches of it at most). A narrow peak is nearly SFT. A thin tail far to the right of the mean (thick line): "
             "a few responses decide every step.",
         ))  # fmt: skip
         rows = [(m.name, m.colour, sizes, f"mean {sum(sizes) / len(sizes):.1f} of {B}") for m in have for _, sizes, B in [m.weights]]

@@ -347,6 +347,17 @@ def test_weights_are_those_the_run_trained_with(tmp_path, two_runs):
     assert "dpo: a method without the weights" in words
 
 
+def test_of_a_large_table_some_micro_batches_are_shown(tmp_path, monkeypatch):
+    """Evenly spaced over those that were measured: 3 of 6, the first and every second one."""
+    monkeypatch.setattr(report, "MOST", 3)
+    folder = run_folder(tmp_path / "var", estimator="constant", beta=1.0)
+    rewards = torch.full((8, 2, 2), math.nan)
+    for m in range(6):
+        rewards[m + (m > 1)] = math.log(m + 1)  # micro-batches 2 and 7 were not measured
+    save_file({"rewards": rewards, "ref_logps": torch.full((8, 2, 2), math.nan), "response_tokens": torch.ones(8, 2, dtype=torch.int32)}, folder / "tables.safetensors")
+    assert report.weights_of(report.read_run(folder))[0] == pytest.approx([1, 1, 3, 3, 5, 5])
+
+
 @pytest.mark.parametrize("estimator", ["constant", "monte_carlo"])
 def test_weights_need_no_reference_where_the_estimator_reads_none(tmp_path, estimator):
     folder = run_folder(tmp_path / "var", estimator=estimator, normalize_weights=True)
