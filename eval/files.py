@@ -75,6 +75,11 @@ def inputs_sha256(*paths):
     return {str(path): sha256(path) for path in paths if path and os.path.isfile(path)}
 
 
+def dtype_of(dtype, args):
+    """What the settings of a result call the weights' type."""
+    return "nf4" if args.load_in_4bit else dtype
+
+
 def versions(*packages):
     """{name: version} of python and the packages; None = not installed."""
     found = {"python": platform.python_version()}

@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import add_loading_flags, encode_records, load_tokenizer, prompt_text, special_text
-from eval.files import inputs_sha256, read_jsonl, sha256, versions, write_json, write_jsonl
+from eval.files import dtype_of, inputs_sha256, read_jsonl, sha256, versions, write_json, write_jsonl
 from eval.server import add_server_flags, ask_all, check_server_flags
 from formats import InputError, Report, Unusable, choose_responses, read_records
 
@@ -206,7 +206,7 @@ def main(args):
         tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     items = read_prompts(args.data, tokenizer, args.split, args.limit)
     if not args.base_url:
-        settings = {"model": fingerprint(args.model), "dtype": args.dtype, "max_prompt_tokens": args.max_prompt_tokens}
+        settings = {"model": fingerprint(args.model), "dtype": dtype_of(args.dtype, args), "max_prompt_tokens": args.max_prompt_tokens}
     settings |= {name: getattr(args, name) for name in ("max_response_tokens", "temperature", "top_p", "top_k")}
     accelerator = None if args.base_url else make_accelerator()
     process = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -235,7 +235,7 @@ def main(args):
         if todo and args.base_url:
             failed = ask_rows(args, missing, write)
         elif todo:
-            model = load_policy(args.model, args.dtype, args.attn_implementation, args.trust_remote_code).to(accelerator.device)
+            model = load_policy(args.model, args.dtype, args.attn_implementation, args.trust_remote_code, args.load_in_4bit).to(accelerator.device)
             sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
             for seed in args.seeds:
                 some, limits = [item for item, seeds in missing if seed in seeds], (args.max_prompt_tokens, args.max_response_tokens)

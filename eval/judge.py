@@ -131,18 +131,17 @@ class Cache:
 
 def reward_judge(args):
     """-> (fingerprint, ask): ask(requests, received) as a server is asked; the reply is two rewards and the verdict they make."""
-    from model import fingerprint
+    from data import load_tokenizer
+    from model import check_reward_model, fingerprint, load_reward_model, make_accelerator
+    from reward import bind_scores, score
 
-    where = fingerprint(args.judge.removeprefix("reward:"))
+    name = args.judge.removeprefix("reward:")
+    check_reward_model(name, args.trust_remote_code)
+    where = fingerprint(name)
 
     def ask(requests, received):
-        from data import load_tokenizer
-        from model import load_reward_model, make_accelerator
-        from reward import bind_scores, score
-
-        name = args.judge.removeprefix("reward:")
         tokenizer = load_tokenizer(name, args.trust_remote_code)
-        model = load_reward_model(name, args.reward_dtype, args.attn_implementation, args.trust_remote_code)
+        model = load_reward_model(name, args.reward_dtype, args.attn_implementation, args.trust_remote_code, args.load_in_4bit)
         model = bind_scores(model.to(make_accelerator().device))
         texts = {json.dumps([request["messages"], answer]): (request["messages"], answer) for request in requests.values() for answer in request["answers"]}
         scores = dict(zip(texts, score(model, tokenizer, list(texts.values()), args.batch_size, args.max_reward_tokens)))  # each answer once

@@ -13,7 +13,7 @@ import math
 
 from data import add_loading_flags, load_tokenizer
 from eval.averages import averaged, rows_to_print, show
-from eval.files import inputs_sha256, item_of, read_generations, versions, write_json
+from eval.files import dtype_of, inputs_sha256, item_of, read_generations, versions, write_json
 
 
 # fmt: off
@@ -62,7 +62,7 @@ def main(args):
     from reward import bind_scores, score
 
     tokenizer = load_tokenizer(args.reward_model, args.trust_remote_code)
-    model = load_reward_model(args.reward_model, args.reward_dtype, args.attn_implementation, args.trust_remote_code)
+    model = load_reward_model(args.reward_model, args.reward_dtype, args.attn_implementation, args.trust_remote_code, args.load_in_4bit)
     accelerator = make_accelerator()
     process = (accelerator.process_index, accelerator.num_processes)
     model, tables = bind_scores(model.to(accelerator.device)), {}
@@ -75,7 +75,7 @@ def main(args):
         scores = [next(s for s in of_row if s is not None) for of_row in zip(*parts)]
         tables[path] = reward_table(rows, scores, wanted) | {"scores": {row["id"]: s for row, s in zip(rows, scores)}}
     if process[0] == 0:
-        settings = {"reward_model": fingerprint(args.reward_model), "max_reward_tokens": args.max_reward_tokens, "reward_dtype": args.reward_dtype}
+        settings = {"reward_model": fingerprint(args.reward_model), "max_reward_tokens": args.max_reward_tokens, "reward_dtype": dtype_of(args.reward_dtype, args)}
         seeds = {path: sorted({row["seed"] for row in rows}) for path, rows in files.items()}
         result = {"results": tables, "settings": settings, "seeds": seeds, "n": {path: len(rows) for path, rows in files.items()}}
         result |= {"inputs_sha256": inputs_sha256(*files), "versions": versions("torch", "transformers", "accelerate")}

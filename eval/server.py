@@ -70,8 +70,7 @@ def ask_all(args, requests, received):
     except ImportError:
         raise InputError("asking a server needs the optional package `openai`: pip install openai") from None
     failed = {}
-    if requests:
-        asyncio.run(_ask_all(openai, args, requests, received, failed))  # Ctrl-C cancels what is under way
+    asyncio.run(_ask_all(openai, args, requests, received, failed))  # Ctrl-C cancels what is under way
     return failed
 
 

@@ -20,7 +20,7 @@ import sys
 
 from data import add_loading_flags
 from eval.averages import averaged, rows_to_print, show
-from eval.files import inputs_sha256, item_of, read_generations, versions, write_json
+from eval.files import dtype_of, inputs_sha256, item_of, read_generations, versions, write_json
 from eval.judge import Cache, fill, key_of, load_template, reward_judge, verdict
 from eval.server import add_server_flags, ask_all, check_server_flags
 from formats import InputError
@@ -105,7 +105,7 @@ def requests_of(item, template, args):
     """[(order, request), ...]: order 0 shows the model's answer first, order 1 the baseline's. Single grades: 0 the model's, 1 the baseline's."""
     answers = (item["model"], item["baseline"])
     if args.judge.startswith("reward:"):
-        how = {"model": args.judge, "messages": item["prompt"], "dtype": args.reward_dtype, "max_tokens": args.max_reward_tokens}
+        how = {"model": args.judge, "messages": item["prompt"], "dtype": dtype_of(args.reward_dtype, args), "max_tokens": args.max_reward_tokens}
         return [(0, how | {"answers": list(answers)}), (1, how | {"answers": list(answers[::-1])})]
     how = {"model": args.judge, "temperature": 0, "max_tokens": args.max_judge_tokens}
     if template["type"] == "single":
@@ -178,7 +178,8 @@ def judge_all(requests, where, ask, cache, template, about):
             if reply is not None:  # no chat completion: asked once more, and not kept
                 cache.keep(kept, reply, attempt=attempt, **about[keys[kept]])
 
-        why = ask({kept: requests[key] for key, kept in wanted.items() if kept not in cache.replies}, received)
+        missing = {kept: requests[key] for key, kept in wanted.items() if kept not in cache.replies}
+        why = ask(missing, received) if missing else {}
         failed |= {keys[kept]: reason for kept, reason in why.items()}
     replies = {}
     for key, request in requests.items():
@@ -231,7 +232,7 @@ def main(args):
     cache = Cache(args.cache, write=not args.dry_run)
     settings = {name: getattr(args, name) for name in ("judge", "base_url", "baseline", "per_subset", "sample_seed", "max_judge_tokens", "max_invalid")}
     settings |= {"template": template["name"], "template_sha256": hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()}
-    settings |= {"reward_model": where} if args.judge.startswith("reward:") else {"temperature": 0}
+    settings |= {"reward_model": where, "reward_dtype": dtype_of(args.reward_dtype, args), "max_reward_tokens": args.max_reward_tokens} if args.judge.startswith("reward:") else {"temperature": 0}
     result = {"settings": settings, "seeds": sorted({item["seed"] for item in items}), "n": len(items), "without_baseline": unmatched}
     result["versions"] = versions("torch", "transformers") if args.judge.startswith("reward:") else versions("openai")
     result["inputs_sha256"] = inputs_sha256(args.gen, args.baseline, args.templates)
