@@ -150,8 +150,8 @@ def best_accuracy(rows):
 # Build it: data, random models, and then only the programs that users run
 
 
-def save_random_model(folder, texts):
-    """A Llama of two layers (109 thousand weights) that knows nothing, with a byte-level BPE tokenizer trained on `texts`."""
+def save_random_model(folder, texts, architecture="llama", hidden=64):
+    """A model of two layers (109 thousand weights) that knows nothing, with a byte-level BPE tokenizer trained on `texts`."""
     import torch
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -163,8 +163,8 @@ def save_random_model(folder, texts):
     )
     bpe.train_from_iterator(texts, trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
+    config = transformers.AutoConfig.for_model(
+        architecture, vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
         initializer_range=0.05, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -186,7 +186,7 @@ def train_settings():
 def call(program, command, log):
     """Run one of the programs in this process. Its command line is shown, what it prints goes to a log file; a finished run is left alone."""
     print(f"$ python {program}.py {command}".replace(f"{ROOT}/", ""), flush=True)
-    module = importlib.import_module(program)
+    module = importlib.import_module(program.replace("/", "."))
     with open(log, "a") as file, contextlib.redirect_stdout(file):
         module.main(module.parse_args(command.split()))
 
@@ -248,58 +248,59 @@ def exact(model_folder, prompts):
     return torch.stack(logps)
 
 
+class Truth:
+    """What is known exactly on these prompts: the listed answers' true rewards, pi_ref and pi* over them. The reference is one model folder."""
+
+    def __init__(self, reference, prompts, beta=BETA):
+        import torch
+
+        from var import optimal_policy
+
+        self.prompts, self.beta = prompts, beta
+        self.rewards = torch.tensor([[true_reward(p, y) for y in listed_answers(p)] for p in prompts])  # (prompts, 5)
+        self.ref = torch.log_softmax(exact(reference, prompts), dim=1)  # pi_ref on the listed answers
+        self.target = optimal_policy(self.rewards, self.ref, beta)  # log pi*, Eq. 3
+        self.bound = beta * torch.logsumexp(self.ref + self.rewards / beta, dim=1).mean().item()  # beta log Z(x), the bound of Eq. 2
+
+    def on_the_list(self, logps):
+        """E[r], Eq. 2 and KL(pi*, pi) of log-probs over the listed answers, (prompts, 5), renormalised."""
+        p = logps.exp()
+        return {
+            "E[r]": (p * self.rewards).sum(1).mean().item(),
+            "E[r]-bKL": (p * (self.rewards - self.beta * (logps - self.ref))).sum(1).mean().item(),
+            "KL(pi*,pi)": (self.target.exp() * (self.target - logps)).sum(1).mean().item(),
+        }
+
+    def of(self, folder):
+        """The same of a model folder, and `leaked`, its probability of all other texts."""
+        logps = exact(folder, self.prompts)
+        return self.on_the_list(logps.log_softmax(dim=1)) | {"leaked": 1 - logps.exp().sum(1).mean().item()}
+
+
+def read_samples(rows):
+    """True reward and shares of styles (in percent) of rows that `eval.py generate` wrote."""
+    texts = [(row["prompt"][0]["content"], row["response"]) for row in rows]
+    styles = [style_of(*text) for text in texts]
+    shares = {style: 100 * styles.count(style) / len(styles) for style in (*STYLES, "other", "garbled")}
+    return {"true": sum(true_reward(*text) for text in texts) / len(texts), "tokens": sum(row["response_tokens"] for row in rows) / len(rows)} | shares
+
+
 def report(folders, folder=FOLDER, seeds="0,1,2"):
     """Print the results table on the held-out prompts: sampled responses as the paper evaluates them, and exact sums over the listed answers."""
-    import torch
-
     from eval.files import read_jsonl
-    from var import optimal_policy
 
-    prompts = [row["prompt"] for row in read_jsonl(folder / "held_out.jsonl")]
-    rewards = torch.tensor([[true_reward(p, y) for y in listed_answers(p)] for p in prompts])  # (prompts, 5)
-    ref = torch.log_softmax(exact(folder / "base", prompts), dim=1)  # pi_ref on the listed answers
-    target = optimal_policy(rewards, ref, BETA)  # log pi*, Eq. 3
-    bound = BETA * torch.logsumexp(ref + rewards / BETA, dim=1).mean().item()  # beta log Z(x)
-
-    def on_the_list(logps):
-        p, tokens = logps.exp(), logps - ref
-        return {
-            "E[r]": (p * rewards).sum(1).mean().item(),
-            "E[r]-bKL": (p * (rewards - BETA * tokens)).sum(1).mean().item(),
-            "KL(pi*,pi)": (target.exp() * (target - logps)).sum(1).mean().item(),
-        }
-
-    lines = []
+    truth, lines, log = Truth(folder / "base", [row["prompt"] for row in read_jsonl(folder / "held_out.jsonl")]), [], folder / "report.log"
     for name in folders:
         gen = Path(name) / "held_out_responses.jsonl"
-        call(
-            "eval",
-            f"generate --model {name} --data held_out={folder}/held_out.jsonl --out {gen} --seeds {seeds} --max_response_tokens 64 --batch_size 60",
-            folder / "report.log",
-        )
-        call("eval", f"reward --gen {gen} --reward_model {folder}/reward --out {gen}.reward.json", folder / "report.log")
+        sampling = f"--seeds {seeds} --max_response_tokens 64 --batch_size 60"
+        call("eval", f"generate --model {name} --data held_out={folder}/held_out.jsonl --out {gen} {sampling}", log)
+        call("eval", f"reward --gen {gen} --reward_model {folder}/reward --out {gen}.reward.json", log)
         scored = json.loads(Path(f"{gen}.reward.json").read_text())["results"][str(gen)]["averages"]["All"]
-        rows = read_jsonl(gen)
-        texts = [(row["prompt"][0]["content"], row["response"]) for row in rows]
-        styles = [style_of(*text) for text in texts]
-        logps = exact(name, prompts)
-        sampled = {
-            "model score": scored["reward"],
-            "true": sum(true_reward(*text) for text in texts) / len(texts),
-            "tokens": scored["response_tokens"],
-        }
-        shares = {style: 100 * styles.count(style) / len(styles) for style in (*STYLES, "other", "garbled")}
-        lines.append(
-            (
-                Path(name).name,
-                sampled | shares | on_the_list(torch.log_softmax(logps, dim=1)) | {"leaked": 1 - logps.exp().sum(1).mean().item()},
-            )
-        )
+        lines.append((Path(name).name, {"model score": scored["reward"]} | read_samples(read_jsonl(gen)) | truth.of(name)))
     nothing = dict.fromkeys(lines[0][1], math.nan)
-    lines.append(
-        ("pi*", nothing | {s: 100 * v for s, v in zip(STYLES, target.exp().mean(0).tolist())} | on_the_list(target) | {"leaked": 0.0})
-    )
-    print(format_report(lines, bound, len(prompts), seeds))
+    shares = {s: 100 * v for s, v in zip(STYLES, truth.target.exp().mean(0).tolist())}
+    lines.append(("pi*", nothing | shares | truth.on_the_list(truth.target) | {"leaked": 0.0}))
+    print(format_report(lines, truth.bound, len(truth.prompts), seeds))
     return lines
 
 
