@@ -385,11 +385,12 @@ def main(args):
     # Tables: Algorithm 1 lines 3-5, measured once. Reference and reward model are gone afterwards.
     tables = eval_tables = None
     if wanted := loss.tables(args):
-        path = args.tables or str(out / "tables.safetensors")
+        path, clock = args.tables or str(out / "tables.safetensors"), time.perf_counter()
         tables = build_tables(path, plan, wanted, needed, accelerator, tokenizer, reward_tokenizer, args)
         if eval_plan:
             every = range(len(eval_plan.batches))
             eval_tables = build_tables(eval_path(path), eval_plan, wanted, every, accelerator, tokenizer, reward_tokenizer, args)
+        files.about["table_seconds"] = time.perf_counter() - clock
         if args.loss == "var":
             say(summary(tables, needed, args.ref_logps, args.estimator))
             check_weights(tables, needed, args, say)
@@ -444,7 +445,8 @@ def main(args):
         optimizer.zero_grad()
 
         metrics = {"rows": rows_of_step} | reduce_metrics(accelerator, found, scale)
-        metrics |= {"lr": lr, "grad_norm": float(grad_norm), "tokens_per_second": tokens / (time.perf_counter() - start)}
+        metrics |= {"lr": lr, "grad_norm": float(grad_norm), "seconds": time.perf_counter() - start}
+        metrics["tokens_per_second"] = tokens / metrics["seconds"]
         files.check_finite(step, metrics)
         if eval_every and ((step + 1) % eval_every == 0 or step + 1 == total_steps):
             metrics |= evaluate_at(step + 1)

@@ -15,15 +15,15 @@ COMMANDS = {
     "report": "one HTML page about runs: rewards, lengths, win rates, weights, and answers side by side",
 }
 AT_LEAST = {
-    "limit": 1, "batch_size": 1, "max_prompt_tokens": 1, "max_response_tokens": 1, "max_reward_tokens": 1, "max_judge_tokens": 1, "temperature": 0, "top_k": 0,
-    "concurrency": 1, "retries": 0, "per_subset": 1, "max_invalid": 0, "price_in": 0, "price_out": 0, "examples": 0,
+    "limit": 1, "batch_size": 1, "max_prompt_tokens": 1, "max_response_tokens": 1, "max_reward_tokens": 1, "max_judge_tokens": 1,
+    "temperature": 0, "top_k": 0, "concurrency": 1, "retries": 0, "per_subset": 1, "max_invalid": 0, "price_in": 0, "price_out": 0, "examples": 0,
 }  # fmt: skip
 ABOVE = {"timeout": 0, "rpm": 0}
 
 
 def parse_args(argv=None):
     """Command line -> namespace. SystemExit 2 with the flag and its value for what cannot work."""
-    parser = argparse.ArgumentParser(description="Evaluate as the paper does: generate, score with a reward model, judge, report (Sec. 4.1).")
+    parser = argparse.ArgumentParser(description="Evaluate as the paper does (Sec. 4.1): generate, score, judge, report.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     modules = {name: importlib.import_module(f"eval.{name}") for name in COMMANDS}
     for name, text in COMMANDS.items():

@@ -40,7 +40,8 @@ def averaged(measured, quantities, wanted=()):
             missing[label] = f"no seed that {', '.join(names)} share"
             return None
         rows = {name: [row for seed in complete for row in cells[name, seed]] for name in names}
-        found = {"n": sum(map(len, rows.values())), "n_items": sum(len({item for item, _ in some}) for some in rows.values()), "seeds": complete}
+        items = [{item for item, _ in some} for some in rows.values()]
+        found = {"n": sum(map(len, rows.values())), "n_items": sum(map(len, items)), "seeds": complete}
         for q in quantities:
             of_seed = [sum(mean(numbers[q] for _, numbers in cells[name, seed]) for name in names) / len(names) for seed in complete]
             found[q], found[f"{q}_error_over_seeds"] = mean_and_error(of_seed)
@@ -79,4 +80,5 @@ def rows_to_print(table):
 def show(numbers, quantity, factor=1.0, digits=3):
     """'mean +- seeds, items' in three columns of 9, 10 and 10 characters; '-' for an error that does not exist."""
     errors = [numbers[f"{quantity}_error_over_{over}"] for over in ("seeds", "items")]
-    return f"{factor * numbers[quantity]:9.{digits}f}" + "".join(f"{'-' if e is None else format(factor * e, f'.{digits}f'):>10}" for e in errors)
+    texts = ["-" if error is None else f"{factor * error:.{digits}f}" for error in errors]
+    return f"{factor * numbers[quantity]:9.{digits}f}" + "".join(f"{text:>10}" for text in texts)

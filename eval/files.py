@@ -54,7 +54,8 @@ def read_generations(path, flag="--gen"):
         if missing := [name for name in COLUMNS if name not in row]:
             raise InputError(f"{path}:{i}: no column {missing[0]!r}; {flag} takes files that `eval.py generate` wrote")
         if wrong := [name for name, kind in COLUMNS.items() if not isinstance(row[name], kind)]:
-            raise InputError(f"{path}:{i}: {wrong[0]} must be a {COLUMNS[wrong[0]].__name__}; {flag} takes files that `eval.py generate` wrote")
+            kind = COLUMNS[wrong[0]].__name__
+            raise InputError(f"{path}:{i}: {wrong[0]} must be a {kind}; {flag} takes files that `eval.py generate` wrote")
         if row["id"] in seen:
             raise InputError(f"{path}:{i}: the id {row['id']} stands in line {seen[row['id']]} already; remove one of them")
         seen[row["id"]] = i

@@ -134,7 +134,8 @@ def generate_rows(
     work = [(len(ids[0]), ids[0], item, seed) for ids, item in zip(encoded, items) if not isinstance(ids, Unusable) for seed in seeds]
     work.sort(key=lambda w: w[0])
     starts = range(process[0] * batch_size, len(work), process[1] * batch_size)
-    bar = tqdm(total=sum(min(batch_size, len(work) - start) for start in starts), desc="generating", unit=" responses", disable=not progress, mininterval=1.0)
+    total = sum(min(batch_size, len(work) - start) for start in starts)
+    bar = tqdm(total=total, desc="generating", unit=" responses", disable=not progress, mininterval=1.0)
     for start in starts:
         _, prompts, batch, batch_seeds = zip(*work[start : start + batch_size])
         streams = [stream(item, seed) for item, seed in zip(batch, batch_seeds)]
@@ -147,7 +148,7 @@ def generate_rows(
 
 
 def ask_rows(args, missing, write):
-    """The same rows from a server: write(row) as each comes in -> {id: why} of those that failed. `missing`: [(item, seeds), ...]."""
+    """The same rows from a server: write(row) as each comes in; what failed is printed. `missing`: [(item, seeds), ...]."""
     work = {f"{item['id']}/{seed}": (item, seed) for item, seeds in missing for seed in seeds}
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_response_tokens}
     more = {"top_k": args.top_k} if args.top_k and args.server != "openai" else {}
@@ -158,24 +159,23 @@ def ask_rows(args, missing, write):
         key: {"model": args.model, "messages": item["prompt"], "seed": stream(item, seed, 4) >> 1, "extra_body": more} | sampling
         for key, (item, seed) in work.items()
     }
-    broken = {}
 
     def received(key, reply):
         item, seed = work[key]
         if reply is None or reply["reply_tokens"] is None:
-            broken[key] = "a reply that is no chat completion with its token counts"
+            tqdm.write(f"{key}: the server's reply is no chat completion with its token counts", file=sys.stderr)
             return
         tokens, finished = reply["reply_tokens"], reply["finish"] == "stop"
         write({**item, "id": key, "seed": seed, "response": reply["text"], "response_tokens": tokens, "finished": finished})
 
-    return ask_all(args, requests, received) | broken
+    ask_all(args, requests, received)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The file
 
 
-def open_settings(out, settings):
+def read_done(out, settings):
     """Rows that are in `out` already, parts of killed processes included. InputError: they were made with other settings."""
     about, parts = Path(f"{out}.settings.json"), sorted(Path(out).parent.glob(f"{Path(out).name}.rank*"))
     if not Path(out).exists():
@@ -197,67 +197,77 @@ def merge(out, done, items, seeds):
 
 
 def main(args):
-    settings, tokenizer = {"model": args.model, "base_url": args.base_url, "server": args.server}, None
+    accelerator, process = None, (0, 1)
     if args.base_url:
         tokenizer = load_tokenizer(args.tokenizer, args.trust_remote_code) if args.tokenizer else None
+        settings = {"model": args.model, "base_url": args.base_url, "server": args.server}
     else:
-        from model import fingerprint, load_policy, make_accelerator
+        from model import fingerprint, make_accelerator
 
         tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-    items = read_prompts(args.data, tokenizer, args.split, args.limit)
-    if not args.base_url:
         settings = {"model": fingerprint(args.model), "dtype": dtype_of(args.dtype, args), "max_prompt_tokens": args.max_prompt_tokens}
     settings |= {name: getattr(args, name) for name in ("max_response_tokens", "temperature", "top_p", "top_k")}
-    accelerator = None if args.base_url else make_accelerator()
-    process = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    items = read_prompts(args.data, tokenizer, args.split, args.limit)
+    if not args.base_url:
+        accelerator = make_accelerator()
+        process = (accelerator.process_index, accelerator.num_processes)
     first = process[0] == 0
 
     if not first:
         accelerator.wait_for_everyone()  # until the first process has put the parts of a killed run together
-    done = open_settings(args.out, settings)
+    done = read_done(args.out, settings)
     missing = [(item, [seed for seed in args.seeds if f"{item['id']}/{seed}" not in done]) for item in items]
-    todo, total = sum(len(seeds) for _, seeds in missing), len(items) * len(args.seeds)
     if first:
-        print(f"{len(items):,} prompts x {len(args.seeds)} seeds: {todo:,} responses to generate, {total - todo:,} there already", file=sys.stderr)
+        todo, total = sum(len(seeds) for _, seeds in missing), len(items) * len(args.seeds)
+        said = f"{todo:,} responses to generate, {total - todo:,} there already"
+        print(f"{len(items):,} prompts x {len(args.seeds)} seeds: {said}", file=sys.stderr)
         write_json(f"{args.out}.settings.json", settings)
         merge(args.out, done, items, args.seeds)  # a torn last line, if there was one, is gone
-    if first and process[1] > 1:
+        if accelerator:
+            accelerator.wait_for_everyone()
+
+    if any(seeds for _, seeds in missing):
+        with open(args.out if first else f"{args.out}.rank{process[0]}", "a", encoding="utf-8") as file:
+
+            def write(row):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+
+            if args.base_url:
+                ask_rows(args, missing, write)
+            else:
+                run_model(args, tokenizer, missing, accelerator.device, process, write)
+    if accelerator:
         accelerator.wait_for_everyone()
-
-    failed = {}
-    with open(args.out if first else f"{args.out}.rank{process[0]}", "a", encoding="utf-8") as file:
-
-        def write(row):
-            done[row["id"]] = row
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-
-        if todo and args.base_url:
-            failed = ask_rows(args, missing, write)
-        elif todo:
-            model = load_policy(args.model, args.dtype, args.attn_implementation, args.trust_remote_code, args.load_in_4bit).to(accelerator.device)
-            sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-            for seed in args.seeds:
-                some, limits = [item for item, seeds in missing if seed in seeds], (args.max_prompt_tokens, args.max_response_tokens)
-                for row in generate_rows(model, tokenizer, some, [seed], *limits, args.batch_size, progress=first, process=process, **sampling):
-                    write(row)
-    if process[1] > 1:
-        accelerator.wait_for_everyone()
-        done = open_settings(args.out, settings) if first else done
-    if first:
-        rows = merge(args.out, done, items, args.seeds)
-        finish(args, rows, settings, failed)
+    absent = finish(args, settings, items) if first else 0
     if accelerator:
         accelerator.end_training()
-    return 3 if failed else 0
+    return 3 if absent else 0
 
 
-def finish(args, rows, settings, failed):
-    cut = sum(not row["finished"] for row in rows)
+def run_model(args, tokenizer, missing, device, process, write):
+    """write(row) for the share of this process, seed after seed."""
+    from model import load_policy
+
+    model = load_policy(args.model, args.dtype, args.attn_implementation, args.trust_remote_code, args.load_in_4bit).to(device)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    limits = (args.max_prompt_tokens, args.max_response_tokens, args.batch_size)
+    for seed in args.seeds:
+        some = [item for item, seeds in missing if seed in seeds]
+        for row in generate_rows(model, tokenizer, some, [seed], *limits, progress=process[0] == 0, process=process, **sampling):
+            write(row)
+
+
+def finish(args, settings, items):
+    """Put the file in order, print the result -> how many responses are missing."""
+    done = read_done(args.out, settings)
+    rows = merge(args.out, done, items, args.seeds)
+    cut, absent = sum(not row["finished"] for row in rows), sum(f"{item['id']}/{seed}" not in done for item in items for seed in args.seeds)
     print(f"{args.out}: {len(rows):,} responses, {cut:,} cut at {args.max_response_tokens} tokens")
-    if failed:
-        print(f"{args.out}: {len(failed):,} responses are missing; the same command asks for them again", file=sys.stderr)
-    result = {"out": args.out, "sha256": sha256(args.out), "n": len(rows), "cut": cut, "failed": len(failed), "seeds": args.seeds, "settings": settings}
-    result["versions"] = versions("openai") if args.base_url else versions("torch", "transformers", "accelerate")
+    if absent:
+        print(f"{args.out}: {absent:,} responses are missing; the same command asks for them again", file=sys.stderr)
+    result = {"out": args.out, "sha256": sha256(args.out), "n": len(rows), "cut": cut, "failed": absent, "seeds": args.seeds}
+    result |= {"settings": settings, "versions": versions("openai") if args.base_url else versions("torch", "transformers", "accelerate")}
     result["inputs_sha256"] = inputs_sha256(*(split_name(source)[1] for source in args.data))
     print(json.dumps(result, ensure_ascii=False))
+    return absent

@@ -143,10 +143,11 @@ def reward_judge(args):
         tokenizer = load_tokenizer(name, args.trust_remote_code)
         model = load_reward_model(name, args.reward_dtype, args.attn_implementation, args.trust_remote_code, args.load_in_4bit)
         model = bind_scores(model.to(make_accelerator().device))
-        texts = {json.dumps([request["messages"], answer]): (request["messages"], answer) for request in requests.values() for answer in request["answers"]}
-        scores = dict(zip(texts, score(model, tokenizer, list(texts.values()), args.batch_size, args.max_reward_tokens)))  # each answer once
+        pairs = [(request["messages"], answer) for request in requests.values() for answer in request["answers"]]
+        once = {json.dumps(pair): pair for pair in pairs}  # each answer is in two orders, a baseline's with every seed
+        scores = dict(zip(once, score(model, tokenizer, list(once.values()), args.batch_size, args.max_reward_tokens)))
         for key, request in requests.items():
-            a, b = (scores[json.dumps([request["messages"], answer])] for answer in request["answers"])
+            a, b = (scores[json.dumps((request["messages"], answer))] for answer in request["answers"])
             text = f"{a} {b} [[{'A' if a > b else 'B' if b > a else 'C'}]]"
             received(key, {"text": text, "finish": "stop", "model": where, "prompt_tokens": None, "reply_tokens": None})
         return {}

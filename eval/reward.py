@@ -75,7 +75,8 @@ def main(args):
         scores = [next(s for s in of_row if s is not None) for of_row in zip(*parts)]
         tables[path] = reward_table(rows, scores, wanted) | {"scores": {row["id"]: s for row, s in zip(rows, scores)}}
     if process[0] == 0:
-        settings = {"reward_model": fingerprint(args.reward_model), "max_reward_tokens": args.max_reward_tokens, "reward_dtype": dtype_of(args.reward_dtype, args)}
+        settings = {"reward_model": fingerprint(args.reward_model), "max_reward_tokens": args.max_reward_tokens}
+        settings["reward_dtype"] = dtype_of(args.reward_dtype, args)
         seeds = {path: sorted({row["seed"] for row in rows}) for path, rows in files.items()}
         result = {"results": tables, "settings": settings, "seeds": seeds, "n": {path: len(rows) for path, rows in files.items()}}
         result |= {"inputs_sha256": inputs_sha256(*files), "versions": versions("torch", "transformers", "accelerate")}

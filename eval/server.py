@@ -69,13 +69,14 @@ def ask_all(args, requests, received):
         import openai
     except ImportError:
         raise InputError("asking a server needs the optional package `openai`: pip install openai") from None
-    failed = {}
-    asyncio.run(_ask_all(openai, args, requests, received, failed))  # Ctrl-C cancels what is under way
+    key, failed = os.environ.get(args.api_key_env, "").strip() or "none", {}
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"the environment variable {args.api_key_env} holds no key: characters that no header can carry")
+    asyncio.run(_ask_all(openai, args, key, requests, received, failed))  # Ctrl-C cancels what is under way
     return failed
 
 
-async def _ask_all(openai, args, requests, received, failed):
-    key = os.environ.get(args.api_key_env) or "none"
+async def _ask_all(openai, args, key, requests, received, failed):
     todo, pace, in_a_row = iter(requests.items()), Pace(args.rpm), 0
     bar = tqdm(total=len(requests), desc="asking", unit=" replies", mininterval=1.0)
 
@@ -118,6 +119,8 @@ async def _ask(openai, client, request, pace, args, key):
             why = f"no reply within {args.timeout:g} s"
         except openai.APIConnectionError as error:
             why = f"connection fault ({type(error.__cause__ or error).__name__})"
+        except UnicodeEncodeError:
+            return None, "text that is not valid Unicode"
         except (openai.APIResponseValidationError, ValueError):  # a body that is not JSON
             return None, None
         if wait is not None and wait > LONGEST_WAIT:
@@ -153,7 +156,8 @@ def read_reply(completion):
         if not isinstance(text, str | None) or not isinstance(choice.finish_reason, str | None):
             return None
         tokens = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-        return {"text": text or "", "finish": choice.finish_reason, "model": completion.model, "prompt_tokens": tokens[0], "reply_tokens": tokens[1]}
+        about = {"finish": choice.finish_reason, "model": completion.model, "prompt_tokens": tokens[0], "reply_tokens": tokens[1]}
+        return {"text": text or ""} | about
     except (AttributeError, IndexError, TypeError):
         return None
 

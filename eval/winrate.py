@@ -16,6 +16,7 @@ grades single answers gives one comparison an item, of two grades, and no orders
 
 import hashlib
 import json
+import os
 import sys
 
 from data import add_loading_flags
@@ -51,7 +52,9 @@ def add_flags(parser):
 
 
 def check(parser, args):
-    if args.judge.startswith("reward:"):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("winrate runs in one process; --concurrency says how many requests at once")
+    if is_reward(args):
         if args.base_url or args.templates:
             parser.error(f"--judge {args.judge}: a reward model is asked here; it takes neither --base_url nor --templates")
     elif not args.base_url:
@@ -63,6 +66,10 @@ def check(parser, args):
     args.cache = args.cache or f"{args.gen}.judge.jsonl"
 
 
+def is_reward(args):
+    return args.judge.startswith("reward:")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Items
 
@@ -70,7 +77,7 @@ def check(parser, args):
 def read_items(gen, baseline, per_subset=None, sample_seed=0):
     """[{id, item, subset, seed, prompt, model, baseline}, ...], the two answers last, and how many rows had no baseline answer.
 
-    `per_subset` prompts of each subset, all their seeds: a prompt's rank is a hash of its text's id, so file order does not matter.
+    `per_subset` prompts of each subset, all their seeds: a prompt's rank is a hash of its id, so the order of the file does not matter.
     """
     rows, unmatched, items = read_generations(gen), 0, []
     if baseline == "chosen":
@@ -84,15 +91,18 @@ def read_items(gen, baseline, per_subset=None, sample_seed=0):
         if not isinstance(answer(row), str):
             unmatched += 1
             continue
-        items.append({key: row[key] for key in ("id", "subset", "seed", "prompt")} | {"item": item_of(row), "model": row["response"], "baseline": answer(row)})
+        answers = {"model": row["response"], "baseline": answer(row)}
+        items.append({key: row[key] for key in ("id", "subset", "seed", "prompt")} | {"item": item_of(row)} | answers)
     if not items:
-        why = "has a preferred response (column chosen)" if baseline == "chosen" else f"has an answer in {baseline} to the same prompt of the same subset"
+        why = f"has an answer in {baseline} to the same prompt of the same subset"
+        why = "has a preferred response (column chosen)" if baseline == "chosen" else why
         raise InputError(f"{gen}: no row {why}; name another --baseline")
     if per_subset:
-        drawn = {}
-        for name in dict.fromkeys((item["subset"], item["item"]) for item in items):
-            drawn.setdefault(name[0], []).append((hashlib.sha256(f"{sample_seed} {name[1]}".encode()).hexdigest(), name[1]))
-        kept = {item for some in drawn.values() for _, item in sorted(some)[:per_subset]}
+        prompts = {}
+        for item in items:
+            prompts.setdefault(item["subset"], set()).add(item["item"])
+        rank = lambda name: hashlib.sha256(f"{sample_seed} {name}".encode()).hexdigest()
+        kept = {name for some in prompts.values() for name in sorted(some, key=rank)[:per_subset]}
         items = [item for item in items if item["item"] in kept]
     return items, unmatched
 
@@ -104,8 +114,8 @@ def identical(item):
 def requests_of(item, template, args):
     """[(order, request), ...]: order 0 shows the model's answer first, order 1 the baseline's. Single grades: 0 the model's, 1 the baseline's."""
     answers = (item["model"], item["baseline"])
-    if args.judge.startswith("reward:"):
-        how = {"model": args.judge, "messages": item["prompt"], "dtype": dtype_of(args.reward_dtype, args), "max_tokens": args.max_reward_tokens}
+    if is_reward(args):
+        how = {"messages": item["prompt"], "dtype": dtype_of(args.reward_dtype, args), "max_tokens": args.max_reward_tokens}
         return [(0, how | {"answers": list(answers)}), (1, how | {"answers": list(answers[::-1])})]
     how = {"model": args.judge, "temperature": 0, "max_tokens": args.max_judge_tokens}
     if template["type"] == "single":
@@ -135,8 +145,9 @@ def win_table(items, outcomes):
     measured = []
     for item in items:
         if (found := outcomes[item["id"]]) in valid:
-            rates = {"win_rate": found == "win", "tie_rate": found == "tie", "loss_rate": found == "loss"}
-            measured.append((item["subset"], item["seed"], item["item"], rates | {"win_rate_tie_half": rates["win_rate"] + rates["tie_rate"] / 2}))
+            win, tie = found == "win", found == "tie"
+            rates = {"win_rate": win, "tie_rate": tie, "loss_rate": found == "loss", "win_rate_tie_half": win + tie / 2}
+            measured.append((item["subset"], item["seed"], item["item"], rates))
     table = averaged(measured, QUANTITIES, subsets)
     plural = {"win": "wins", "tie": "ties", "loss": "losses", "invalid": "invalid", "failed": "failed"}
     counts = {}
@@ -193,28 +204,43 @@ def judge_all(requests, where, ask, cache, template, about):
 
 
 def format_table(path, part):
-    lines = [f"{'file':24} {'subset':20} {'n':>5} {'win %':>9}{'+- seeds':>10}{'+- items':>10} {'tie %':>7} {'loss %':>7} {'win+tie/2 %':>12}"]
+    """The rates of every subset and average, then what was left out and how much the order mattered."""
+    head = f"{'file':24} {'subset':20} {'n':>5} {'win %':>9}{'+- seeds':>10}{'+- items':>10}"
+    lines = [f"{head} {'tie %':>7} {'loss %':>7} {'win+tie/2 %':>12}"]
     rows, reasons = rows_to_print(part)
     for name, t in rows:
         rates = f"{100 * t['tie_rate']:7.1f} {100 * t['loss_rate']:7.1f} {100 * t['win_rate_tie_half']:12.1f}"
         lines.append(f"{path[-24:]:24} {name[:20]:20} {t['n']:5} {show(t, 'win_rate', 100, 1)} {rates}")
     lines += [f"{path[-24:]:24} {reason}" for reason in reasons]
-    c, p = part["counts"], part["position"]
-    lines.append(f"invalid {c['invalid']} (no verdict, left out of n), failed {c['failed']} (no reply, left out of n), identical {c['identical']} (ties without a call)")
-    if p and p["decided"]:
-        lines.append(f"the answer shown first won {100 * p['first_position_wins']:.1f} % of the {p['decided']} decided verdicts; the order changed the winner in {100 * p['flipped']:.1f} % of {p['judged']} items")
+    counts, position = part["counts"], part["position"]
+    left_out = f"invalid {counts['invalid']} (no verdict) and failed {counts['failed']} (no reply) are left out of n"
+    lines.append(f"{left_out}; identical {counts['identical']}, ties without a call")
+    if position and position["decided"]:
+        first = f"the answer shown first won {100 * position['first_position_wins']:.1f} % of {position['decided']} decided verdicts"
+        lines.append(f"{first}; the order changed the winner in {100 * position['flipped']:.1f} % of {position['judged']} items")
     return "\n".join(lines) + "\n(+- standard error over seeds and over items, which are prompts; - for one of its kind)"
 
 
 def estimate(requests, cache, args):
-    """What the first asking would cost: a token is about four bytes, a reply is at most --max_judge_tokens long."""
-    todo = {key: request for key, request in requests.items() if key not in cache.replies}
-    texts = [m["content"] for request in todo.values() for m in request["messages"]]
-    server = not args.judge.startswith("reward:")
-    tokens = {"prompt_tokens": sum(len(text.encode()) for text in texts) // 4, "reply_tokens_at_most": len(todo) * args.max_judge_tokens} if server else {}
-    known = server and None not in (args.price_in, args.price_out)
-    cost = (tokens["prompt_tokens"] * args.price_in + tokens["reply_tokens_at_most"] * args.price_out) / 1e6 if known else None
-    return {"calls": len(requests), "cached": len(requests) - len(todo), "to_ask": len(todo), **tokens, "cost_at_most": cost}
+    """What asking would cost: a token is about four bytes, a reply at most --max_judge_tokens long, a reward model costs nothing."""
+    todo = [request for key, request in requests.items() if key not in cache.replies]
+    found = {"calls": len(requests), "cached": len(requests) - len(todo), "to_ask": len(todo), "cost_at_most": None}
+    if not is_reward(args):
+        found["prompt_tokens"] = sum(len(m["content"].encode()) for request in todo for m in request["messages"]) // 4
+        found["reply_tokens_at_most"] = len(todo) * args.max_judge_tokens
+        if None not in (args.price_in, args.price_out):
+            found["cost_at_most"] = (found["prompt_tokens"] * args.price_in + found["reply_tokens_at_most"] * args.price_out) / 1e6
+    return found
+
+
+def settings_of(args, template, where):
+    names = ["judge", "baseline", "per_subset", "sample_seed", "max_invalid"]
+    settings = {name: getattr(args, name) for name in names + ([] if is_reward(args) else ["base_url", "max_judge_tokens"])}
+    if is_reward(args):
+        loaded = {"reward_dtype": dtype_of(args.reward_dtype, args), "max_reward_tokens": args.max_reward_tokens}
+        return settings | {"reward_model": where} | loaded
+    text = hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
+    return settings | {"temperature": 0, "template": template["name"], "template_sha256": text}
 
 
 def main(args):
@@ -222,33 +248,32 @@ def main(args):
     items, unmatched = read_items(args.gen, args.baseline, args.per_subset, args.sample_seed)
     if unmatched:
         print(f"{args.gen}: {unmatched:,} rows have no answer of the baseline and are left out", file=sys.stderr)
-    where, ask = reward_judge(args) if args.judge.startswith("reward:") else (args.base_url, lambda wanted, received: ask_all(args, wanted, received))
-    requests, about, calls = {}, {}, {}
+    if is_reward(args):
+        where, ask = reward_judge(args)
+    else:
+        where, ask = args.base_url, lambda wanted, received: ask_all(args, wanted, received)
+    requests, about, calls = {}, {}, {}  # by key; by key; the two keys of an item by its id
     for item in items:
         for order, request in [] if identical(item) else requests_of(item, template, args):
             key = key_of(where, request, 0)
             requests[key], about[key] = request, {"id": item["id"], "order": order}
             calls.setdefault(item["id"], []).append(key)
     cache = Cache(args.cache, write=not args.dry_run)
-    settings = {name: getattr(args, name) for name in ("judge", "base_url", "baseline", "per_subset", "sample_seed", "max_judge_tokens", "max_invalid")}
-    settings |= {"template": template["name"], "template_sha256": hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()}
-    settings |= {"reward_model": where, "reward_dtype": dtype_of(args.reward_dtype, args), "max_reward_tokens": args.max_reward_tokens} if args.judge.startswith("reward:") else {"temperature": 0}
-    result = {"settings": settings, "seeds": sorted({item["seed"] for item in items}), "n": len(items), "without_baseline": unmatched}
-    result["versions"] = versions("torch", "transformers") if args.judge.startswith("reward:") else versions("openai")
-    result["inputs_sha256"] = inputs_sha256(args.gen, args.baseline, args.templates)
+    result = {"settings": settings_of(args, template, where), "seeds": sorted({item["seed"] for item in items}), "n": len(items)}
+    result["versions"] = versions("torch", "transformers") if is_reward(args) else versions("openai")
+    result |= {"inputs_sha256": inputs_sha256(args.gen, args.baseline, args.templates), "without_baseline": unmatched}
     if args.dry_run:
         found = estimate(requests, cache, args)
-        price = "give --price_in and --price_out for a cost" if found["cost_at_most"] is None else f"at most {found['cost_at_most']:.2f}"
-        print(f"{len(items):,} items, {found['calls']:,} calls: {found['cached']:,} cached, {found['to_ask']:,} to ask; {price}")
+        cost = f"at most {found['cost_at_most']:.2f}" if found["cost_at_most"] is not None else "--price_in and --price_out give a cost"
+        print(f"{len(items):,} items, {found['calls']:,} calls: {found['cached']:,} cached, {found['to_ask']:,} to ask; {cost}")
         print(json.dumps(result | {"dry_run": found}, ensure_ascii=False))
         return 0
 
     replies, failed = judge_all(requests, where, ask, cache, template, about)
     verdicts = {id: tuple(verdict(template, replies[key]) for key in keys) for id, keys in calls.items()}
-    outcomes = {}
-    for item in items:
-        keys = calls.get(item["id"], [])
-        outcomes[item["id"]] = "failed" if any(key in failed for key in keys) else outcome(template, verdicts[item["id"]]) if keys else "tie"
+    outcomes = {item["id"]: "tie" for item in items}  # what identical answers stay
+    for id, keys in calls.items():
+        outcomes[id] = "failed" if any(key in failed for key in keys) else outcome(template, verdicts[id])
     part = win_table(items, outcomes)
     part["position"] = position_bias(template, [pair for id, pair in verdicts.items() if outcomes[id] in ("win", "tie", "loss")])
     given = [reply for reply in replies.values() if reply]
