@@ -16,7 +16,8 @@ COMMANDS = {
 }
 AT_LEAST = {
     "limit": 1, "batch_size": 1, "max_prompt_tokens": 1, "max_response_tokens": 1, "max_reward_tokens": 1, "max_judge_tokens": 1,
-    "temperature": 0, "top_k": 0, "concurrency": 1, "retries": 0, "per_subset": 1, "max_invalid": 0, "price_in": 0, "price_out": 0, "examples": 0,
+    "temperature": 0, "top_k": 0, "concurrency": 1, "retries": 0, "per_subset": 1, "max_invalid": 0, "price_in": 0, "price_out": 0,
+    "examples": 0,
 }  # fmt: skip
 ABOVE = {"timeout": 0, "rpm": 0}
 

@@ -19,7 +19,7 @@ def mean_and_error(values):
 
 
 def averaged(measured, quantities, wanted=()):
-    """[(subset, seed, item, {quantity: number}), ...] -> {"subsets": {name: numbers}, "averages": {"All", "Helpful"}, "missing": {name: why}}.
+    """[(subset, seed, item, {quantity: number}), ...] -> {"subsets": {name: numbers}, "averages": {"All", "Helpful"}, "missing": {name: why}}
 
     Each quantity is averaged over the responses of one (subset, seed), then over subsets, then over the seeds that all these subsets
     have. numbers: n (responses), n_items (prompts), seeds, and per quantity QUANTITY, QUANTITY_error_over_seeds, QUANTITY_error_over_items.

@@ -175,15 +175,20 @@ def ask_rows(args, missing, write):
 # The file
 
 
-def read_done(out, settings):
-    """Rows that are in `out` already, parts of killed processes included. InputError: they were made with other settings."""
-    about, parts = Path(f"{out}.settings.json"), sorted(Path(out).parent.glob(f"{Path(out).name}.rank*"))
+def check_settings(out, settings):
+    """InputError: what is in `out` was made with other settings."""
+    about = Path(f"{out}.settings.json")
     if not Path(out).exists():
-        return {}
+        return
     found = json.loads(about.read_text()) if about.exists() else {}
     if differs := [f"{k}: {found.get(k)} there, {settings.get(k)} now" for k in found | settings if found.get(k) != settings.get(k)]:
         raise InputError(f"{out}: already holds responses of other settings ({'; '.join(differs)}); choose another --out or remove it")
-    return {row["id"]: row for path in (out, *parts) for row in read_jsonl(path, torn_end=True)}
+
+
+def read_done(out):
+    """{id: row} of what is in `out` already, and in the parts of other processes that are not merged yet."""
+    parts = sorted(Path(out).parent.glob(f"{Path(out).name}.rank*"))
+    return {row["id"]: row for path in (Path(out), *parts) if path.exists() for row in read_jsonl(path, torn_end=True)}
 
 
 def merge(out, done, items, seeds):
@@ -211,11 +216,12 @@ def main(args):
     if not args.base_url:
         accelerator = make_accelerator()
         process = (accelerator.process_index, accelerator.num_processes)
-    first = process[0] == 0
+    first, everyone = process[0] == 0, accelerator.wait_for_everyone if accelerator else lambda: None
 
+    check_settings(args.out, settings)
     if not first:
-        accelerator.wait_for_everyone()  # until the first process has put the parts of a killed run together
-    done = read_done(args.out, settings)
+        everyone()  # until the first process has put the parts of a killed run together
+    done = read_done(args.out)
     missing = [(item, [seed for seed in args.seeds if f"{item['id']}/{seed}" not in done]) for item in items]
     if first:
         todo, total = sum(len(seeds) for _, seeds in missing), len(items) * len(args.seeds)
@@ -223,8 +229,8 @@ def main(args):
         print(f"{len(items):,} prompts x {len(args.seeds)} seeds: {said}", file=sys.stderr)
         write_json(f"{args.out}.settings.json", settings)
         merge(args.out, done, items, args.seeds)  # a torn last line, if there was one, is gone
-        if accelerator:
-            accelerator.wait_for_everyone()
+        everyone()
+    everyone()  # all have read the file before anyone adds to it, so all share out the same work
 
     if any(seeds for _, seeds in missing):
         with open(args.out if first else f"{args.out}.rank{process[0]}", "a", encoding="utf-8") as file:
@@ -237,8 +243,7 @@ def main(args):
                 ask_rows(args, missing, write)
             else:
                 run_model(args, tokenizer, missing, accelerator.device, process, write)
-    if accelerator:
-        accelerator.wait_for_everyone()
+    everyone()
     absent = finish(args, settings, items) if first else 0
     if accelerator:
         accelerator.end_training()
@@ -260,7 +265,7 @@ def run_model(args, tokenizer, missing, device, process, write):
 
 def finish(args, settings, items):
     """Put the file in order, print the result -> how many responses are missing."""
-    done = read_done(args.out, settings)
+    done = read_done(args.out)
     rows = merge(args.out, done, items, args.seeds)
     cut, absent = sum(not row["finished"] for row in rows), sum(f"{item['id']}/{seed}" not in done for item in items for seed in args.seeds)
     print(f"{args.out}: {len(rows):,} responses, {cut:,} cut at {args.max_response_tokens} tokens")

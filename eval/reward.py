@@ -32,7 +32,7 @@ def sigmoid100(logit):
 
 
 def reward_table(rows, scores, wanted=()):
-    """Rows and their raw logits -> `averages.averaged` over reward, sigmoid100, response_tokens, cut. `wanted`: subsets that must be there."""
+    """Rows and their raw logits -> `averages.averaged` of reward, sigmoid100, response_tokens, cut. `wanted`: subsets it must have."""
     measured = [
         {"reward": logit, "sigmoid100": sigmoid100(logit), "response_tokens": row["response_tokens"], "cut": not row["finished"]}
         for row, logit in zip(rows, scores)

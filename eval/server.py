@@ -166,7 +166,8 @@ def _refusal(error, args, request, key):
     body = error.body if isinstance(error.body, dict) else {}
     words = next((str(body[name]) for name in ("message", "detail", "error") if body.get(name)), error.response.text or "no words")
     remedy = {
-        401: f"put the key into the environment variable {args.api_key_env}", 403: f"is the key in {args.api_key_env} allowed to use this model?",
+        401: f"put the key into the environment variable {args.api_key_env}",
+        403: f"is the key in {args.api_key_env} allowed to use this model?",
         404: f"check --base_url, which usually ends in /v1, and the model's name {request['model']!r}",
     }  # fmt: skip
     remedy = remedy.get(error.status_code, "check the flags that shape the request, --server if there is one")

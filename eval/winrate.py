@@ -112,7 +112,7 @@ def identical(item):
 
 
 def requests_of(item, template, args):
-    """[(order, request), ...]: order 0 shows the model's answer first, order 1 the baseline's. Single grades: 0 the model's, 1 the baseline's."""
+    """[(order, request), ...]: order 0 shows the model's answer first, order 1 the baseline's; single grades: 0 the model's."""
     answers = (item["model"], item["baseline"])
     if is_reward(args):
         how = {"messages": item["prompt"], "dtype": dtype_of(args.reward_dtype, args), "max_tokens": args.max_reward_tokens}
@@ -161,7 +161,7 @@ def win_table(items, outcomes):
 
 
 def position_bias(template, verdicts):
-    """[(verdict of order 0, of order 1), ...] of judged items -> how often the first answer won, how often the winner changed with the order."""
+    """[(verdict of order 0, of order 1), ...] of judged items -> how often the first one won, how often the winner changed with the order."""
     if template["type"] == "single":
         return None
     decided = [v for pair in verdicts for v in pair if v in "AB"]

@@ -321,6 +321,12 @@ def test_two_processes_generate_the_rows_of_one(world, generated, tmp_path):
     assert out.read_bytes() == generated.out.read_bytes() and not list(tmp_path.glob("*.rank*"))
 
 
+def test_other_settings_are_refused_by_all_processes_alike(world, generated, tmp_path):
+    """One line each and status 2; nobody waits for another."""
+    status, _, err = run_program(eval_file, [str(word) for word in generate_flags(world, copy_of(generated, tmp_path), top_k=3)], tmp_path, processes=2)
+    assert status == 2 and "Traceback" not in err + (tmp_path / "stderr1.txt").read_text() and "other settings" in (tmp_path / "stderr1.txt").read_text()
+
+
 def test_each_process_does_its_share(world, tmp_path):
     """What the second process wrote is in its part when the first one dies before the end."""
 
