@@ -65,7 +65,7 @@ def ladder(lab, architecture, methods=("DPO", "VAR")):
     lab.build(architecture)
     base = {size: f"{architecture}_{size}" for size in lab.sizes}
     first = [Job(f"{architecture}/{size}/{m}", METHODS[m], base[size], base[size]) for size in lab.sizes for m in ("SFT", *methods)]
-    first += [Job(f"{architecture}/{size}/Base", "--loss sft --max_steps 1 --lr 1e-12 " + DATA, base[size], base[size], search=False) for size in lab.sizes]
+    first += [Job(f"{architecture}/{size}/Base", "", base[size], base[size]) for size in lab.sizes]
     done = lab.do(first)
     sft = {size: sft_folder(lab, done, f"{architecture}/{size}/SFT") for size in lab.sizes}
     done |= lab.do([Job(f"{architecture}/{size}/SFT+{m}", METHODS[m], sft[size], base[size]) for size in lab.sizes for m in methods])
@@ -217,7 +217,7 @@ def accuracy_table(lab, figures):
     """Table 5: a benchmark is exact match; here the share of held-out answers that state the truth."""
     lab.build()
     jobs = {m: Job(f"llama/medium/{m}", METHODS[m], "llama_medium", "llama_medium") for m in ("SFT", "DPO", "A-LoL", "R-LoL", "R-LoL, beta 1e-6", "KTO", "VAR", "VAR, group", "VAR, Zhat = 1", "SFT, all")}
-    jobs["Base"] = Job("llama/medium/Base", "--loss sft --max_steps 1 --lr 1e-12 " + DATA, "llama_medium", "llama_medium", search=False)
+    jobs["Base"] = Job("llama/medium/Base", "", "llama_medium", "llama_medium")
     jobs["GRPO"] = Job("table5/GRPO", f"{GRPO} --max_steps {max(1, lab.steps * 8 // 64)}", "llama_medium", "llama_medium", "baselines/grpo")
     done = lab.do(jobs.values())
     if not done:
@@ -265,7 +265,7 @@ def training_curves(lab, figures):
     for size in lab.sizes:
         for m in ("DPO", "VAR"):
             rate = found[size, m]["lr"] if found else lab.rates[0]
-            more = f" --eval_data {{world}}/held_out.jsonl --eval_prompts 60 --eval_every {max(1, lab.steps // 10)} --lr {rate}" + (f" {JUDGE}" if m == "DPO" else "")
+            more = f" --eval_data {{world}}/held_out.jsonl --eval_prompts 60 --eval_every {lab.steps // 10 or 3} --lr {rate}" + (f" {JUDGE}" if m == "DPO" else "")
             jobs[size, m] = Job(f"figure2/{size}/{m}", METHODS[m] + more, f"llama_{size}", f"llama_{size}", search=False)
     done = lab.do(jobs.values())
     if not done:

@@ -191,7 +191,7 @@ def call(program, command, log):
         module.main(module.parse_args(command.split()))
 
 
-def build(folder=FOLDER):
+def build(folder=FOLDER, base_epochs=12, reward_epochs=2):
     """train, held_out, pairs, held_out_pairs (.jsonl), base/ and reward/ in `folder`, unless they are there already."""
     folder = Path(folder)
     if (folder / "reward" / "config.json").exists():
@@ -213,10 +213,10 @@ def build(folder=FOLDER):
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     save_random_model(folder / "random", [text for p in prompts for text in (p, *listed_answers(p))])
-    base = f"--loss sft --responses all --model {folder}/random --data {folder}/train.jsonl --batch_size 32 --epochs 12 --lr 6e-3 --save_every 0"
+    base = f"--loss sft --responses all --model {folder}/random --data {folder}/train.jsonl --batch_size 32 --epochs {base_epochs} --lr 6e-3 --save_every 0"
     call("train", f"{base} --output_dir {folder}/base --resume", folder / "build.log")
     # the reward model starts from the base model's body, as is usual; only its head is new
-    pairs = f"--data {folder}/pairs.jsonl --eval_data {folder}/held_out_pairs.jsonl --batch_size 16 --epochs 2 --lr 7e-4"
+    pairs = f"--data {folder}/pairs.jsonl --eval_data {folder}/held_out_pairs.jsonl --batch_size 16 --epochs {reward_epochs} --lr 7e-4"
     call("reward", f"train --model {folder}/base {pairs} --output_dir {folder}/reward", folder / "build.log")
     accuracy = 100 * json.loads((folder / "reward" / "accuracy.json").read_text())["accuracy"]
     ceiling = 100 * best_accuracy(held_out_pairs)

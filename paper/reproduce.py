@@ -13,9 +13,11 @@ The world is that of paper/miniature.py: its true reward is a function, so "bett
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -59,7 +61,7 @@ def parse_args(argv=None):
 
 @dataclass(frozen=True)
 class Job:
-    """One method from one starting model. `flags` is a command line with {world}, {size} and {start} in it; `key` its folder."""
+    """One method from one starting model. `key` is its folder; `flags` a command line with {world}, {size} and {steps} in it, "" = only evaluate."""
 
     key: str
     flags: str
@@ -96,7 +98,7 @@ class Lab:
         """The world's data and reward model, and a base model of every size: random weights, then all styles of answers."""
         if self.dry_run:
             return
-        miniature.build(self.world)
+        miniature.build(self.world, *((1, 0.1) if self.quick else ()))
         write_subsets(self.world)
         for size, hidden in self.sizes.items():
             base = self.out / f"{architecture}_{size}"
@@ -113,7 +115,7 @@ class Lab:
         """{key: result} of these jobs, side by side; those with a result in their folder are not run again."""
         jobs = list({job.key: job for job in jobs}.values())
         if self.dry_run:
-            for job in jobs:
+            for job in (job for job in jobs if job.flags):
                 for rate, seed in job_runs(job, self):
                     print(f"python {job.program}.py {run_flags(job, self, rate, seed)}")
             return {}
@@ -124,22 +126,26 @@ class Lab:
         return {job.key: json.loads(result_file(job, self).read_text()) for job in jobs}
 
 
+def folder_of(job, lab):
+    return lab.out / re.sub(r"[ ,=()]+", "_", job.key)
+
+
 def result_file(job, lab):
-    return lab.out / job.key / "result.json"
+    return folder_of(job, lab) / "result.json"
 
 
 def job_runs(job, lab):
     """The (learning rate, seed) pairs a job would train if its first rate is the best."""
-    rates, seeds = lab.rates if job.search else ("",), job.seeds[: len(lab.seeds)] or lab.seeds
+    rates, seeds = lab.rates if job.search and job.flags else ("",), job.seeds[: len(lab.seeds)] or lab.seeds
     return [(rate, seeds[0]) for rate in rates] + [(rates[0], seed) for seed in seeds[1:]]
 
 
 def run_folder(job, lab, rate, seed):
-    return lab.out / job.key / f"lr{rate}_seed{seed}"
+    return folder_of(job, lab) / f"lr{rate or '-given'}_seed{seed}"
 
 
 def run_flags(job, lab, rate, seed):
-    flags = job.flags.format(world=lab.world, size=lab.out / job.size, seed=seed, steps=lab.steps, job=lab.out / job.key)
+    flags = job.flags.format(world=lab.world, size=lab.out / job.size, steps=lab.steps)
     flags = f"--model {lab.out / job.start} --max_response_tokens 64 --save_every 0 --resume {flags} --seed {seed}"
     return f"{flags} {f'--lr {rate} ' if rate else ''}--output_dir {run_folder(job, lab, rate, seed)}"
 
@@ -150,11 +156,12 @@ def work(job_and_lab):
     import torch
 
     torch.set_num_threads(1)
-    folder, log = lab.out / job.key, lab.out / job.key / "log.txt"
+    folder = folder_of(job, lab)
+    log = folder / "log.txt"
     folder.mkdir(parents=True, exist_ok=True)
     result = {"key": job.key, "search": {}, "runs": []}
     start = time.time()
-    try:
+    with open(folder / "progress.txt", "a") as progress, contextlib.redirect_stderr(progress):  # the bars of runs side by side would be unreadable
         runs = job_runs(job, lab)
         rates = list(dict.fromkeys(rate for rate, _ in runs))
         seeds = list(dict.fromkeys(seed for _, seed in runs))
@@ -169,8 +176,6 @@ def work(job_and_lab):
             result["runs"] = [numbers for numbers in result["runs"] if "failed" not in numbers]
         if not result["runs"]:
             result["failed"] = next(iter(result["search"].values()))["failed"]
-    except KeyboardInterrupt:
-        raise
     result["minutes"] = (time.time() - start) / 60
     (folder / "result.json.tmp").write_text(json.dumps(result))
     os.replace(folder / "result.json.tmp", folder / "result.json")
@@ -181,17 +186,21 @@ def train_and_evaluate(job, lab, rate, seed, log):
     """Train one run and look at it -> numbers, or {"failed": why}."""
     folder, start = run_folder(job, lab, rate, seed), time.time()
     try:
-        miniature.call(job.program, run_flags(job, lab, rate, seed), log)
-    except (InputError, SystemExit) as error:
+        if job.flags:
+            miniature.call(job.program, run_flags(job, lab, rate, seed), log)
+    except InputError as error:
         return {"failed": " ".join(str(error).split())}
-    return evaluate(folder, lab, job.size, job.beta, seed, log) | {"seconds": time.time() - start, "folder": str(folder)}
+    except SystemExit as error:  # argparse said why on stderr
+        return {"failed": f"exit status {error}, see {folder.parent / 'progress.txt'}"}
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = evaluate(folder if job.flags else lab.out / job.start, lab, job.size, job.beta, seed, folder / "samples.jsonl", log)
+    return numbers | {"seconds": time.time() - start, "folder": str(folder)}
 
 
-def evaluate(folder, lab, size, beta, seed, log):
+def evaluate(folder, lab, size, beta, seed, gen, log):
     """Sampled answers on the held-out subsets and on training prompts, their rewards by both judges, and what is exact on the list."""
     from eval.files import read_jsonl
 
-    gen = folder / "samples.jsonl"
     sources = " ".join(f"{name}={lab.world}/{name}.jsonl" for name in (*SUBSETS, "training"))
     miniature.call("eval", f"generate --model {folder} --data {sources} --out {gen} --seeds {seed} --max_response_tokens 64 --batch_size 60", log)
     miniature.call("eval", f"reward --gen {gen} --reward_model {lab.world}/reward --out {gen}.reward.json", log)

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class Loopback(ThreadingHTTPServer):
     """POST /v1/chat/completions -> what `self.act(request, number)` says: a text, or (status, headers, words), "cut", "garbage", "shape",
-    "hang", (finish_reason, text). Everything that was asked is in `seen`."""
+    "late" (after five seconds), (finish_reason, text). Everything that was asked is in `seen`."""
 
     daemon_threads = True
 
@@ -39,8 +39,9 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_RDWR)
-        elif action == "hang":
-            time.sleep(20)
+        elif action == "late":
+            time.sleep(5)
+            self.reply("too late", "stop")
         elif action == "garbage":
             self.send(200, b"<html>not today")
         elif action == "shape":
@@ -49,17 +50,23 @@ class Handler(BaseHTTPRequestHandler):
             status, headers, words = action
             self.send(status, json.dumps({"error": {"message": words}}).encode(), headers)
         else:
-            finish, text = action if isinstance(action, tuple) else ("stop", action)
-            choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
-            usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
-            self.send(200, json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "judge-1", "choices": [choice], "usage": usage}).encode())
+            self.reply(*(action[::-1] if isinstance(action, tuple) else (action, "stop")))
+
+    def reply(self, text, finish):
+        choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
+        usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+        whole = {"id": "x", "object": "chat.completion", "created": 0, "model": "judge-1", "choices": [choice], "usage": usage}
+        self.send(200, json.dumps(whole).encode())
 
     def send(self, status, body, headers=()):
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **dict(headers)}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+        try:
+            self.send_response(status)
+            for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **dict(headers)}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+        except OSError:
+            pass  # whoever asked has gone
 
     def log_message(self, *words):
         pass

@@ -145,7 +145,7 @@ def run(world):
 
 def test_metrics_hold_one_object_per_optimizer_step_with_the_promised_names(run):
     """Issue, point 7. ceil(3 epochs x 5 micro-batches / 2) = 8 steps."""
-    names = "step rows loss lr grad_norm policy_logps rewards log_z weights/mean weights/max weights/ess weights/self_share tokens_per_second".split()
+    names = "step rows loss lr grad_norm policy_logps rewards log_z weights/mean weights/max weights/ess weights/self_share tokens_per_second seconds".split()
     raw = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     for row in (row for row in raw if "loss" in row):
         assert sorted(name for name in row if not name.startswith("eval/")) == sorted(names) and all(math.isfinite(value) for value in row.values())

@@ -1,0 +1,141 @@
+"""
+The paper's own runs as commands of this repository, and its numbers. Printed by `python paper/reproduce.py ITEM --scale full --dry_run`.
+
+What the paper gives: models, data, B = 8, two epochs, AdamW with a cosine, learning rates 1e-5 and 5e-6, three seeds, 4 and 8 x A100, 32B in 4 bits
+on 4 x 8 GPUs. What it does not: beta, warm-up, length limits, DPO's beta, GRPO's settings. There our defaults stand.
+"""
+
+LLAMA = {"Llama3.2-1B": "meta-llama/Llama-3.2-1B", "Llama3.2-3B": "meta-llama/Llama-3.2-3B", "Llama3.1-8B": "meta-llama/Llama-3.1-8B", "Llama2-13B": "meta-llama/Llama-2-13b-hf"}
+QWEN = {f"Qwen2.5-{size}": f"Qwen/Qwen2.5-{size}" for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B")}
+INSTRUCT = {"Llama3.2-1B": "meta-llama/Llama-3.2-1B-Instruct", "Llama3.2-3B": "meta-llama/Llama-3.2-3B-Instruct", "Llama3.1-8B": "meta-llama/Llama-3.1-8B-Instruct"}
+JUDGE, DATA = "NCSOFT/Llama-3-OffsetBias-RM-8B", "NCSOFT/offsetbias"
+HH = "Anthropic/hh-rlhf"
+SUBSETS = f"harmless_base={HH}:harmless-base helpful_base={HH}:helpful-base helpful_online={HH}:helpful-online helpful_rejection={HH}:helpful-rejection-sampled"
+RATES, SEEDS = ("1e-5", "5e-6"), (0, 1, 2)
+
+
+def launch(name, program="train.py"):
+    """accelerate launch with the file and number of GPUs that this size needs: 4 up to 3B, 8 up to 14B, 32 for 32B in 4 bits."""
+    if "32B" in name:
+        return f"accelerate launch --config_file configs/fsdp2_4bit.yaml --num_machines 4 --num_processes 32 {program} --load_in_4bit --lora_rank 16 --accum 32"
+    gpus = 8 if any(size in name for size in ("7B", "8B", "13B", "14B")) else 4
+    return f"accelerate launch --config_file configs/fsdp2.yaml --num_processes {gpus} {program} --accum {gpus}"
+
+
+def train(name, model, loss, out, rate, seed, data=DATA, more="", B=8, epochs=2):
+    judge = f"--reward_model {JUDGE}" if loss in ("var", "alol") else ""
+    tables = f"--tables {out.rsplit('-lr', 1)[0]}-seed{seed}.safetensors" if loss == "var" else ""
+    settings = f"--data {data} --batch_size {B} --epochs {epochs} --lr {rate} --seed {seed}"
+    return " ".join(f"{launch(name)} --loss {loss} --model {model} {judge} {settings} {tables} {more} --output_dir {out}".split())
+
+
+def evaluate(folder):
+    generate = f"accelerate launch --num_processes 8 eval.py generate --model {folder} --data {SUBSETS} --split test --seeds 0,1,2 --out {folder}/gen.jsonl"
+    return [generate, f"python eval.py reward --gen {folder}/gen.jsonl --reward_model {JUDGE} --out {folder}/reward.json"]
+
+
+def variants(models, losses=("dpo", "var")):
+    """Base, DPO, VAR, SFT+DPO, SFT+VAR of these models, every learning rate, three seeds, each generated from and scored."""
+    lines = []
+    for name, model in models.items():
+        lines += [f"# {name}", f"accelerate launch --num_processes 8 eval.py generate --model {model} --data {SUBSETS} --split test --seeds 0,1,2 --out runs/full/{name}/base.jsonl"]
+        lines += [f"python eval.py reward --gen runs/full/{name}/base.jsonl --reward_model {JUDGE} --out runs/full/{name}/base.reward.json"]
+        sft = f"runs/full/{name}/sft-lr1e-5-seed0"
+        lines += [train(name, model, "sft", sft, "1e-5", 0)]
+        for start, prefix in ((model, ""), (sft, "sft_")):
+            for loss in losses:
+                for rate in RATES:
+                    for seed in SEEDS:
+                        out = f"runs/full/{name}/{prefix}{loss}-lr{rate}-seed{seed}"
+                        lines += [train(name, start, loss, out, rate, seed), *evaluate(out)]
+    return lines
+
+
+def win_rates():
+    lines = []
+    for name, model in INSTRUCT.items():
+        for loss in ("dpo", "var"):
+            for seed in SEEDS:
+                out = f"runs/full/{name}-Instruct/{loss}-lr5e-6-seed{seed}"
+                lines += [train(name, model, loss, out, "5e-6", seed), evaluate(out)[0], judge(out)]
+    folders = [f"runs/full/{name}/{variant}-lr1e-5-seed{seed}" for name in (*LLAMA, *QWEN) for variant in ("dpo", "var", "sft_dpo", "sft_var") for seed in SEEDS]
+    return ["# Table 3: already aligned models", *lines, "# Figure 1: the folders of Tables 1 and 2", *map(judge, folders)]
+
+
+def judge(folder):
+    """99 prompts of each of 4 subsets, both orders, three seeds: 2,376 calls. The key is read from OPENAI_API_KEY."""
+    server = "--base_url https://api.openai.com/v1 --judge gpt-4o-2024-11-20"
+    return f"python eval.py winrate --gen {folder}/gen.jsonl --baseline chosen {server} --per_subset 99 --out {folder}/winrate.json"
+
+
+def grpo():
+    lines = []
+    for name, model in (("Qwen2.5-3B", QWEN["Qwen2.5-3B"]), ("Llama3.2-3B", "runs/full/Llama3.2-3B/sft-lr1e-5-seed0")):
+        out = f"runs/full/{name}/grpo"
+        lines += [f"# {name}", f"accelerate launch --num_processes 8 baselines/grpo.py --model {model} --reward_model {JUDGE} --data {DATA} --prompts 64 --samples 8 --epochs 1 --output_dir {out}", *evaluate(out)]
+        base = (QWEN | LLAMA)[name]
+        out = f"runs/full/{name}/var-one-epoch"
+        lines += [train(name, base, "var", out, "1e-5", 0, epochs=1), *evaluate(out)]
+    return lines
+
+
+ULTRAFEEDBACK = "ultrafeedback_10k.jsonl"  # 10,000 prompts of openbmb/UltraFeedback; the paper does not say which
+TASKS = (("gsm8k", 4, ""), ("mmlu", 0, ""), ("bbh_cot_fewshot", 3, ""), ("humaneval_instruct", 0, "--confirm_run_unsafe_code"))
+
+
+def benchmark(folder):
+    model = f"lm_eval run --model hf --model_args pretrained={folder},dtype=bfloat16 --apply_chat_template --batch_size 8 --output_path {folder}/lm_eval"
+    return [f"{model} --tasks {task} --num_fewshot {shots} {more}".strip() for task, shots, more in TASKS]
+
+
+def benchmarks():
+    """Table 5: the best-scored response of a prompt for VAR and A-LoL, best against worst for DPO (Sec. 4.3)."""
+    lines = [f"# {ULTRAFEEDBACK}: 10,000 rows of openbmb/UltraFeedback, as they are"]
+    for name, model in (("Llama2-7B", "meta-llama/Llama-2-7b-hf"), ("Qwen2.5-7B", QWEN["Qwen2.5-7B"])):
+        lines += [f"# {name}", *benchmark(model)]
+        for loss in ("dpo", "alol", "var"):
+            out = f"runs/full/{name}/ultrafeedback-{loss}"
+            lines += [train(name, model, loss, out, "5e-6", 0, data=ULTRAFEEDBACK, more="" if loss == "dpo" else "--responses best"), *benchmark(out)]
+    return lines
+
+
+def commands(item):
+    """Command lines, with `#` lines between them, of one item of paper/items.py."""
+    if item == "table6":
+        lines, name = [], "Qwen2.5-7B"
+        for B in (2, 4, 8):
+            out = f"runs/full/{name}/ultrafeedback-var-B{B}"
+            lines += [train(name, QWEN[name], "var", out, "5e-6", 0, data=ULTRAFEEDBACK, more="--responses best", B=B), *benchmark(out)]
+        return lines
+    if item == "figure2":
+        names = ("Llama3.2-1B", "Llama3.2-3B", "Llama3.1-8B")
+        return [train(name, LLAMA[name], loss, f"runs/full/figure2/{name}-{loss}", "1e-5", 0, more=f"--eval_fraction 0.02 --eval_every 50 --reward_model {JUDGE}" if loss == "dpo" else "--eval_fraction 0.02 --eval_every 50") for name in names for loss in ("dpo", "var")]
+    found = {"table1": lambda: variants(LLAMA), "table2": lambda: variants(QWEN), "table3": win_rates, "table4": grpo, "table5": benchmarks}
+    found |= {"table7": lambda: ["# the generations of Table 1's Llama3.1-8B folders: runs/full/Llama3.1-8B/*/gen.jsonl", *variants({"Llama3.1-8B": LLAMA["Llama3.1-8B"]})]}
+    found |= {"figure3": lambda: ["# response_tokens of the same folders, drawn by", "python eval.py report --run runs/full/Llama3.1-8B/var-lr1e-5-seed0 --run runs/full/Llama3.1-8B/dpo-lr1e-5-seed0 --out report.html"]}
+    found |= {"readings": lambda: ["# not in the paper"]}
+    return found[item]()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The paper's numbers (100 * sigmoid of the reward model's logit, as far as one can tell), for the tables that are shown beside ours
+
+AVG_ALL = {  # Avg. All of Tables 1 and 2: Base, DPO, VAR, SFT+DPO, SFT+VAR
+    "Llama3.2-1B": (25.88, 45.66, 57.44, 62.98, 65.84), "Llama3.2-3B": (30.33, 58.42, 61.51, 69.00, 68.52), "Llama3.1-8B": (37.68, 59.48, 62.06, 68.04, 68.32),
+    "Llama2-13B": (29.59, 51.61, 60.56, 59.24, 64.09), "Qwen2.5-0.5B": (29.06, 55.93, 59.00, 58.68, 61.77), "Qwen2.5-1.5B": (30.36, 56.41, 65.73, 59.86, 66.69),
+    "Qwen2.5-3B": (39.96, 63.17, 67.24, 57.98, 68.75), "Qwen2.5-7B": (44.17, 65.35, 67.98, 61.77, 67.65), "Qwen2.5-14B": (36.55, 57.03, 66.94, 67.97, 69.22),
+    "Qwen2.5-32B": (37.27, 34.02, 48.73, 30.61, 52.45),
+}  # fmt: skip
+
+
+def averages(names):
+    head = "| Avg. All | Base | DPO | VAR | SFT+DPO | SFT+VAR |\n| --- | --- | --- | --- | --- | --- |\n"
+    return head + "\n".join(f"| {name} | " + " | ".join(f"{x:.2f}" for x in AVG_ALL[name]) + " |" for name in names)
+
+
+PAPER = {
+    "table1": averages(LLAMA),
+    "table2": averages(QWEN),
+    "table4": "| Avg. All, time an epoch | GRPO | VAR |\n| --- | --- | --- |\n| Qwen2.5-3B | 68.23, 2h54min | 67.25, 42min |\n| Llama3.2-3B (GRPO from SFT, VAR from base) | 60.34, 3h8min | 61.51, 37min |",
+    "table5": "| | Base | DPO | A-LoL | VAR |\n| --- | --- | --- | --- | --- |\n| Llama2-7B, mean of four benchmarks | 13.79 | 20.86 | 22.71 | 24.20 |\n| Qwen2.5-7B | 61.80 | 57.44 | 62.40 | 68.42 |",
+}

@@ -1,0 +1,136 @@
+"""
+Beyond the paper: which reading of Algorithm 1 gets nearest to pi*?
+
+The paper leaves open what pi_ref(y|x) is numerically (--ref_logps), whether Zhat has that factor (--estimator), whose the y_j are (--partners),
+whether weights are normalised, and beta. Here every combination trains on the same answers. The tables of r(x_i, y_j) hold the TRUE reward,
+in which a mismatched answer (one to another prompt) costs nothing, 2, or 6, or else the reward model's scores: only there do readings differ in
+what they are told about partners. The control trains on answers sampled from pi_ref itself, where Eq. 7-9 hold exactly.
+"""
+
+import json
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from data import load_plan
+from paper import miniature
+from paper.items import DATA, JUDGE, average, cell, values, verdict, weights_of
+from paper.reproduce import Job, table
+
+ESTIMATORS = {"paper, mean": "--estimator paper --ref_logps mean", "paper, sum": "--estimator paper --ref_logps sum", "monte carlo": "--estimator monte_carlo", "Zhat = 1": "--estimator constant"}
+COSTS = {"none": 0.0, "mild (2)": 2.0, "high (6)": 6.0, "reward model": None}
+BETAS = ("0.5", "2")  # beside 1, where every combination is run
+
+
+def with_true_rewards(source, target, plan, cost):
+    """Copy a table file, its rewards replaced by the true ones with this cost of a mismatched answer (None: keep the reward model's)."""
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(source)
+    if cost is not None:
+        for m, batch in enumerate(plan.batches):
+            rows = [plan.examples[i] for i in batch]
+            for i, x in enumerate(rows):
+                for j, y in enumerate(rows):
+                    tensors["rewards"][m, i, j] = miniature.true_reward(x.messages[-1]["content"], y.response, cost)
+    save_file(tensors, target, metadata=metadata)
+
+
+def tables_of(lab, partners, data):
+    """Table files of this composition, one for each cost: {cost: path}. The models are run once."""
+    import tables
+
+    files = {cost: lab.out / "readings" / f"tables_{partners}_{data}_{n}.safetensors" for n, cost in enumerate(COSTS)}
+    if lab.dry_run or all(file.exists() for file in files.values()):
+        return files
+    files["reward model"].parent.mkdir(parents=True, exist_ok=True)
+    flags = f"--model {lab.out}/llama_medium --reward_model {lab.world}/reward --data {lab.world}/{data}.jsonl --partners {partners} --max_response_tokens 64"
+    miniature.call("tables", f"{flags} --out {files['reward model']}", lab.out / "log.txt")
+    *_, plan, _ = load_plan(tables.parse_args(flags.split()), "all", show=False)
+    for cost, file in files.items():
+        if COSTS[cost] is not None:
+            with_true_rewards(files["reward model"], file, plan, COSTS[cost])
+    return files
+
+
+def sample_from_reference(lab, per_prompt=5):
+    """on_policy.jsonl: answers to the training prompts sampled from pi_ref itself (temperature 1), with their true rewards."""
+    file = lab.world / "on_policy.jsonl"
+    if lab.dry_run or file.exists():
+        return
+    gen, seeds = lab.world / "on_policy_samples.jsonl", ",".join(map(str, range(100, 100 + per_prompt)))
+    flags = f"--seeds {seeds} --temperature 1 --top_p 1 --top_k 0 --max_response_tokens 64 --batch_size 60"
+    miniature.call("eval", f"generate --model {lab.out}/llama_medium --data train={lab.world}/train.jsonl --out {gen} {flags}", lab.out / "log.txt")
+    groups = {}
+    for row in map(json.loads, open(gen)):
+        if row["response"].strip():
+            groups.setdefault(row["prompt"][0]["content"], []).append(row["response"])
+    rows = [{"prompt": p, "responses": some, "scores": [miniature.true_reward(p, y) for y in some]} for p, some in groups.items()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(lab, figures):
+    lab.build()
+    sample_from_reference(lab)
+    files = {(partners, data): tables_of(lab, partners, data) for partners in ("batch", "group") for data in ("train", "on_policy")}
+    jobs = {}
+
+    def add(estimator, partners, cost, normalize, beta, data="train"):
+        flags = f"--loss var {JUDGE} {DATA.replace('train', data)} --max_steps {{steps}} --lr 1e-3 --partners {partners} {ESTIMATORS[estimator]} --beta {beta}"
+        flags += f" --tables {files[partners, data][cost]}" + (" --normalize_weights" if normalize else "")
+        key = f"readings/{estimator}/{partners}/{cost}/{data}/beta{beta}{'/normalised' if normalize else ''}"
+        jobs[estimator, partners, cost, normalize, beta, data] = Job(key, flags, "llama_medium", "llama_medium", search=False, beta=float(beta), seeds=() if beta == "1" else (0,))
+
+    for estimator in ESTIMATORS if not lab.quick else ("paper, mean", "paper, sum"):
+        for partners in ("batch", "group"):
+            for cost in COSTS:
+                if lab.quick and cost not in ("mild (2)", "reward model"):
+                    continue
+                add(estimator, partners, cost, False, "1")
+                if cost in ("mild (2)", "reward model") and not lab.quick:
+                    add(estimator, partners, cost, True, "1")
+                    for beta in BETAS:
+                        add(estimator, partners, cost, estimator == "paper, sum", beta)
+            add(estimator, partners, "mild (2)", False, "1", "on_policy")
+    done = lab.do(jobs.values())
+    if not done:
+        return None
+    rows, points = [], []
+    for (estimator, partners, cost, normalize, beta, data), job in jobs.items():
+        result = done[job.key]
+        name = [estimator, partners, cost if data == "train" else f"{cost}; y ~ pi_ref", "yes" if normalize else "no", beta]
+        if "failed" in result:
+            rows.append([*name, "refused: a weight overflows float32" if "above the largest" in result["failed"] else f"failed: {result['failed'][:60]}", *[""] * 6])
+            continue
+        ess, share = weights_of(result)
+        columns = [cell(values(result, "all", c)) for c in ("true", "E[r]-bKL")] + [f"{result['runs'][0]['all']['bound']:.2f}"]
+        rows.append([*name, *columns, *(cell(values(result, "all", c)) for c in ("KL(pi*,pi)", "leaked")), f"{ess:.1f}", "-" if share != share else f"{share:.2f}"])
+        if beta == "1":
+            number = {c: average(result, n) for c, n in (("gap", "KL(pi*,pi)"), ("objective", "E[r]-bKL"), ("reward", "true"))}
+            points.append(number | {"estimator": estimator, "partners": partners, "cost": cost, "data": data, "normalize": normalize, "share": None if share != share else share})
+    from paper.figures import readings_figure
+
+    bound = next(r["runs"][0]["all"]["bound"] for key, job in jobs.items() if key[4] == "1" and "failed" not in (r := done[job.key]))
+    text = readings_figure(points, bound, figures / "readings")
+    head = ["Zhat", "partners", "cost of a mismatch", "normalised", "beta", "true reward", "E[r] - beta KL", "beta log Z", "KL(pi*, pi)", "leaked", "ESS", "self_share"]
+    return {"markdown": f"{text}\n\n" + table(head, rows), "claims": claims_of(points)}
+
+
+def claims_of(points):
+    def mean(name, **wanted):
+        some = [p[name] for p in points if all(p[k] == v for k, v in wanted.items())]
+        return sum(some) / len(some) if some else float("nan")
+
+    paper = {"estimator": "paper, mean", "normalize": False, "data": "train"}
+    claims = [("as mismatched answers cost more (0, 2, 6), VAR with the paper's partners gains less reward",
+               verdict(mean("reward", partners="batch", cost="none", **paper) > mean("reward", partners="batch", cost="mild (2)", **paper) > mean("reward", partners="batch", cost="high (6)", **paper)))]  # fmt: skip
+    claims += [("partners of the same prompt come nearer to pi* than the paper's", verdict(mean("gap", partners="group", cost="reward model", **paper) < mean("gap", partners="batch", cost="reward model", **paper)))]
+    on_policy = [p for p in points if p["data"] == "on_policy"]
+    if on_policy:
+        best = min(on_policy, key=lambda p: p["gap"])
+        claims += [(f"with y ~ pi_ref, the estimator without the pi_ref factor is nearest to pi* (nearest: {best['estimator']}, {best['partners']}, KL {best['gap']:.2f})", verdict(best["estimator"] == "monte carlo"))]
+    return claims
+
+
+torch.set_num_threads(1)
