@@ -213,12 +213,12 @@ def main(args):
         settings = {"model": fingerprint(args.model), "dtype": dtype_of(args.dtype, args), "max_prompt_tokens": args.max_prompt_tokens}
     settings |= {name: getattr(args, name) for name in ("max_response_tokens", "temperature", "top_p", "top_k")}
     items = read_prompts(args.data, tokenizer, args.split, args.limit)
+    check_settings(args.out, settings)  # before the processes meet: all of them refuse alike
     if not args.base_url:
         accelerator = make_accelerator()
         process = (accelerator.process_index, accelerator.num_processes)
     first, everyone = process[0] == 0, accelerator.wait_for_everyone if accelerator else lambda: None
 
-    check_settings(args.out, settings)
     if not first:
         everyone()  # until the first process has put the parts of a killed run together
     done = read_done(args.out)

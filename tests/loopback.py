@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class Loopback(ThreadingHTTPServer):
     """POST /v1/chat/completions -> what `self.act(request, number)` says: a text, or (status, headers, words), "cut", "garbage", "shape",
-    "late" (after five seconds), (finish_reason, text). Everything that was asked is in `seen`."""
+    "late" (after eight seconds), (finish_reason, text). Everything that was asked is in `seen`."""
 
     daemon_threads = True
 
@@ -40,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_RDWR)
         elif action == "late":
-            time.sleep(5)
+            time.sleep(8)
             self.reply("too late", "stop")
         elif action == "garbage":
             self.send(200, b"<html>not today")

@@ -309,7 +309,7 @@ def test_a_passing_fault_is_tried_again(judge, tmp_path, fault):
     """408, 409, 429, 5xx, a cut connection, no reply in time: the same request once more, then all is well."""
     write(tmp_path / "gen.jsonl", rows_of({"a": [GOOD]}))
     judge.act = lambda request, number: fault if number == 1 else judge.by_quality(request, number)
-    done = winrate(tmp_path, judge, concurrency=1, timeout=0.5)
+    done = winrate(tmp_path, judge, concurrency=1, timeout=2 if fault == "late" else 60)
     assert done.status == 0 and done.part["counts"]["wins"] == 1 and len(judge.seen) == 3 and judge.seen[0] == judge.seen[1], done.err
 
 
@@ -424,6 +424,15 @@ def test_the_key_is_sent_and_appears_nowhere_else(judge, tmp_path):
     judge.keys.clear()
     winrate(tmp_path, judge, cache=tmp_path / "c.jsonl", before=lambda: (os.environ.pop("OPENAI_API_KEY", None), no_pauses()))
     assert set(judge.keys) == {"Bearer none"}
+
+
+def test_a_key_that_no_header_can_carry_is_one_line_without_the_key(judge, tmp_path):
+    """A line end around it, as files have it, does no harm."""
+    write(tmp_path / "gen.jsonl", rows_of({"a": [GOOD]}))
+    done = winrate(tmp_path, judge, api_key_env="MY_KEY", before=lambda: os.environ.update(MY_KEY="sk-ключ"))
+    assert done.status == 2 and "MY_KEY" in done.err and "ключ" not in done.err and not judge.seen
+    assert winrate(tmp_path, judge, api_key_env="MY_KEY", before=lambda: os.environ.update(MY_KEY=f" {KEY}\n")).status == 0
+    assert set(judge.keys) == {f"Bearer {KEY}"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -551,6 +560,13 @@ def test_an_impossible_flag_is_named(capsys, flags, words):
         eval_package.parse_args([*WINRATE, *flags])
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert words in message and "secret@" not in message
+
+
+def test_one_process_judges(capsys, monkeypatch):
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2"):
+        eval_package.parse_args([*WINRATE, "--base_url", "http://h"])
+    assert "winrate runs in one process" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
