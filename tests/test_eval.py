@@ -423,6 +423,13 @@ def test_help_shows_the_papers_sampling_settings_and_needs_no_torch():
     assert (args.temperature, args.top_p, args.top_k, args.seeds) == (0.8, 0.9, 50, [0, 2])
 
 
+@pytest.mark.parametrize("command", eval_file.COMMANDS)
+def test_no_help_needs_torch(command):
+    code = f"import runpy, sys; sys.argv = ['eval.py', '{command}', '--help']\ntry: runpy.run_path('eval.py', run_name='__main__')\nfinally: assert not {{'torch', 'transformers', 'openai'}} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"eval.py {command}" in done.stdout, done.stderr
+
+
 GENERATE = ["generate", "--model", "m", "--data", "d", "--out", "o"]
 BAD_FLAGS = [
     "--temperature -1", "--temperature nan", "--top_p 0", "--top_p 1.1", "--top_k -1", "--limit 0", "--batch_size 0", "--max_response_tokens 0", "--max_prompt_tokens 0", "--seeds 1,two", "--seeds 1..3", "--nonsense 1",
