@@ -146,6 +146,8 @@ def run_folder(job, lab, rate, seed):
 
 def run_flags(job, lab, rate, seed):
     flags = job.flags.format(world=lab.world, size=lab.out / job.size, steps=lab.steps)
+    if job.program == "train" and "--loss sft" not in flags and "--tables" not in flags:
+        flags += f" --tables {folder_of(job, lab)}/tables_seed{seed}.safetensors"  # the learning rates of a seed share them
     flags = f"--model {lab.out / job.start} --max_response_tokens 64 --save_every 0 --resume {flags} --seed {seed}"
     return f"{flags} {f'--lr {rate} ' if rate else ''}--output_dir {run_folder(job, lab, rate, seed)}"
 

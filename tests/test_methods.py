@@ -140,6 +140,14 @@ def test_ktos_kl_is_the_mean_of_the_mismatched_log_ratios_clamped_at_zero():
     assert metrics["rewards/chosen"].tolist() == [1.0] and metrics["rewards/rejected"].tolist() == [1.0]
 
 
+def test_dpos_accuracy_is_strict():
+    """Equal rewards are not a pair told right: 0 of 2 here, 1 of 2 with one margin above 0."""
+    args = type("A", (), {"beta": 1.0, "label_smoothing": 0.0})
+    for chosen, right in ((-3.0, [0.0, 0.0]), (-2.0, [1.0, 0.0])):
+        batch = Batch([None] * 4, torch.tensor([chosen, -3.0, -5.0, -5.0]), None, torch.diag(torch.tensor([-3.0, -3.0, -5.0, -5.0])), None, None)
+        assert LOSSES["dpo"].compute(batch, args)[1]["rewards/accuracies"].tolist() == right
+
+
 def test_a_step_without_an_undesirable_response_leaves_that_metric_out(world, tmp_path):  # noqa: F811
     """A mean over nothing is nothing, not nan, and is no reason to stop."""
     rows = [{"prompt": f"Where is the {x}?", "completion": f"The {x} is here.", "label": True} for x in THINGS]
@@ -274,7 +282,7 @@ def test_the_value_head_finds_a_rule_in_the_states_and_is_a_constant_where_there
     assert fit["held_out_error"] < 0.1 * fit["held_out_error_of_a_constant"]
     new = torch.randn(50, 6, generator=rng)
     assert ((value(new) - torch.sigmoid(2 * new[:, 0] - 1)) ** 2).mean() < 0.005
-    _, fit = fit_value(states, torch.rand(200, generator=rng))
+    _, fit = fit_value(torch.randn(200, 300, generator=rng), torch.rand(200, generator=rng))  # enough states to learn the noise by heart
     assert fit["held_out_error"] <= fit["held_out_error_of_a_constant"]
     value, fit = fit_value(states[:3], torch.tensor([0.2, 0.4, 0.6]))
     assert value(new).tolist() == pytest.approx([0.4] * 50) and fit["samples"] == 3
