@@ -208,7 +208,7 @@ class RunFiles:
         if not (self.out / "run.json").exists():
             return False
         found = json.loads((self.out / "run.json").read_text())
-        free = {"resume", "keep", "save_every", "tracker", "output_dir"}  # these may differ from the first start
+        free = {"resume", "keep", "save_every", "tracker", "output_dir", "tables"}  # these may differ from the first start
         old, new = ({**run["args"], **run["models"], "plan": run["plan"], "--num_processes": run["processes"]} for run in (found, self.about))
         if differs := [f"{k}: {old.get(k)} there, {new.get(k)} now" for k in old | new if k not in free and old.get(k) != new.get(k)]:
             raise InputError(f"{self.out}: --resume with other settings ({'; '.join(differs)}); use the old ones or another --output_dir")
