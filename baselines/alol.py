@@ -22,8 +22,9 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from data import make_plan
+from eval.sampling import generate_responses
 from formats import InputError
-from model import fingerprint, generate_responses, load_policy, load_reward_model, release, without_adapter_wrapper, write_json
+from model import fingerprint, load_policy, load_reward_model, release, without_adapter_wrapper, write_json
 from reward import bind_scores, score
 from tables import plan_fingerprint
 

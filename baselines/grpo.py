@@ -111,7 +111,8 @@ from tqdm import tqdm
 from data import Example, plan_micro_batches
 from eval.files import write_jsonl
 from eval.generate import generate_rows, read_prompts
-from model import adamw, adapter_base, check_reward_model, fingerprint, generate_responses, keep_only_adapter_in_state_dict, load_policy, load_reward_model, lr_at, make_accelerator, save_model, token_logps  # fmt: skip
+from eval.sampling import generate_responses
+from model import adamw, adapter_base, check_reward_model, fingerprint, keep_only_adapter_in_state_dict, load_policy, load_reward_model, lr_at, make_accelerator, save_model, token_logps  # fmt: skip
 from reward import bind_scores, score
 from train import RunFiles
 

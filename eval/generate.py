@@ -128,7 +128,7 @@ def generate_rows(
     Batches hold prompts of similar length; process (p, P) yields those of the batches p, p+P, ... `sampling`: temperature, top_p, top_k,
     by default the paper's.
     """
-    from model import generate_responses
+    from eval.sampling import generate_responses
 
     encoded = encode_records(tokenizer, [(item["prompt"], ["x"]) for item in items], max_prompt_tokens, max_response_tokens)
     work = [(len(ids[0]), ids[0], item, seed) for ids, item in zip(encoded, items) if not isinstance(ids, Unusable) for seed in seeds]

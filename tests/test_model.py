@@ -18,9 +18,10 @@ from accelerate.state import AcceleratorState
 
 import model as model_file
 from data import PLAIN_TEMPLATE
+from eval.sampling import SampleByRow, generate_responses
 from formats import InputError
 from model import (
-    LOGITS_CHUNK, SampleByRow, adamw, bind_sequence_logps, fingerprint, generate_responses, load_policy, load_reward_model, lr_at, save_model, sequence_logps,
+    LOGITS_CHUNK, adamw, bind_sequence_logps, fingerprint, load_policy, load_reward_model, lr_at, save_model, sequence_logps,
 )  # fmt: skip
 from var import var_loss
 
