@@ -88,7 +88,7 @@ def run(lab, figures):
                 if lab.quick and cost not in ("mild (2)", "reward model"):
                     continue
                 add(estimator, partners, cost, False, "1")
-                if cost in ("mild (2)", "reward model") and not lab.quick:
+                if cost == "reward model" and not lab.quick:
                     add(estimator, partners, cost, True, "1")
                     for beta in BETAS:
                         add(estimator, partners, cost, estimator == "paper, sum", beta)
