@@ -61,7 +61,7 @@ def parse_args(argv=None):
 
 @dataclass(frozen=True)
 class Job:
-    """One method from one starting model. `key` is its folder; `flags` a command line with {world}, {size} and {steps} in it, "" = only evaluate."""
+    """One method from one starting model. `key` is its folder; `flags` a command line with {world}, {out}, {steps}, {seed} in it, "" = only evaluate."""
 
     key: str
     flags: str
@@ -145,7 +145,7 @@ def run_folder(job, lab, rate, seed):
 
 
 def run_flags(job, lab, rate, seed):
-    flags = job.flags.format(world=lab.world, size=lab.out / job.size, steps=lab.steps)
+    flags = job.flags.format(world=lab.world, size=lab.out / job.size, out=lab.out, steps=lab.steps, seed=seed)
     if job.program == "train" and "--loss sft" not in flags and "--tables" not in flags:
         flags += f" --tables {folder_of(job, lab)}/tables_seed{seed}.safetensors"  # the learning rates of a seed share them
     flags = f"--model {lab.out / job.start} --max_response_tokens 64 --save_every 0 --resume {flags} --seed {seed}"
