@@ -6,33 +6,32 @@ import sys
 
 
 def memory(job):
-    """Peak of one training step of B rows of T tokens (half prompt, half response), ours or TRL's, after a first step of the same size.
-
-    "whole": with weights, gradients and optimizer.
-    """
+    """Peak of one training step of B rows of T tokens (half prompt, half response), ours or TRL's, after a step of short rows that has
+    allocated what stays. "whole": with weights, gradients and optimizer."""
     import workload
     from timing import Peak
 
-    peak = Peak()
-    rows = workload.shaped_rows(job["B"], job["T"] // 2, job["T"] // 2, 4096)
+    B, T, peak = job["B"], job["T"], Peak()
+    short, rows = workload.shaped_rows(B, 8, 8, 4096, seed=1), workload.shaped_rows(B, T // 2, T // 2, 4096)
     causal_lm = workload.policy(workload.config_of(job["shape"]))
     held = 16 * sum(p.numel() for p in causal_lm.parameters()) if job.get("whole") else 0
+    one = workload.Training("var", causal_lm, short + rows, B, workload.tiny.chatml_tokenizer())
+    one.plan.batches = [list(range(B)), list(range(B, 2 * B))]  # the short ones first
     if job["side"] == "ours":
-        one = workload.Training("var", causal_lm, rows, job["B"], workload.tiny.bpe_tokenizer())
+        one.tables = workload.random_tables(one.plan)
         one.step(0)
         peak.begin(causal_lm)
-        one.step(0)
+        one.step(1)
         return {"peak": held + peak.end()}
     import peers
     import transformers
 
     class Watch(transformers.TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **_):
-            peak.begin(model)
+            peak.begin(model)  # the second step's is the one that stays
 
-    plan = workload.Training("sft", causal_lm, 2 * rows, job["B"], workload.tiny.bpe_tokenizer()).plan
-    peer = peers.sft(causal_lm, workload.tiny.bpe_tokenizer(pad="<pad>"), plan, job["B"], job["bf16"])
-    del causal_lm
+    peer = peers.sft(causal_lm, workload.tiny.chatml_tokenizer(), one.plan, B, job["bf16"])
+    del causal_lm, one
     peer.trainer.add_callback(Watch())
     peer.epoch()
     return {"peak": held + peak.end()}

@@ -10,8 +10,8 @@ Per device, W devices under FSDP2, P weights of which each device keeps its shar
     copies in bfloat16            W = 1: autocast's, 2 bytes a weight; W > 1: embedding and head, two layers gathered, one layer's gradients
     activations                   B T L x (16 D + 14 D + 4 K + 8 I + 4 heads + 8) bytes under autocast, (32 D + 8 K + 16 I + 4 heads + 8) in
                                   float32, K = key-value width; with --gradient_checkpointing B T x 4 D L, and one layer of the above
-    head                          chunks of LOGITS_CHUNK logits four times over (logits, their softmax, two gradients), and the head's gradient
-                                  twice, which is summed over chunks before it is added to the others
+    head                          three times LOGITS_CHUNK float32 numbers (logits, softmax, gradient), whatever V is; where the embedding is also
+                                  the head, one V x D gradient more, because two of them are added
 
 With 4 bits and an adapter the linear layers take 0.52 bytes a weight, and gradients and AdamW hold the adapter alone. The terms of a layer
 are what autograd saves in it, counted with saved_tensors_hooks; `python bench/bench.py --only plan` compares the sum with measured peaks.
@@ -123,7 +123,7 @@ def training_memory(config, devices=1, B=8, T=1024, checkpointing=True, autocast
         "AdamW": 8 * trained / devices,
         "copies": copies,
         "activations": (B * T * 4 * D * L + per_layer if checkpointing else L * per_layer) + B * T * 8 * D,
-        "head": 4 * 4 * min(LOGITS_CHUNK, B * T * config["vocab_size"]) + (0 if lora_rank else 2 * 4 * head),
+        "head": 3 * 4 * min(LOGITS_CHUNK, B * T * config["vocab_size"]) + (4 * head if config["tie_word_embeddings"] and not lora_rank else 0),
     }
 
 
