@@ -83,7 +83,7 @@ def b_by_b(settings):
 def reward_scoring(settings):
     """reward.score against batches padded in file order."""
     found = Rows(settings, 1000)
-    model_shape = shape(settings, 256, 6, 4096)
+    model_shape = shape(settings, 128, 4, 4096)
     plain = workload.reward_model(workload.config_of(model_shape)).to(settings.device)
     bound = reward.bind_scores(copy.deepcopy(plain))
     texts = [(e.messages, e.response) for e in found.pairs]
