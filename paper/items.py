@@ -265,7 +265,7 @@ def training_curves(lab, figures):
     for size in lab.sizes:
         for m in ("DPO", "VAR"):
             rate = found[size, m]["lr"] if found else lab.rates[0]
-            more = f" --eval_data {{world}}/held_out.jsonl --eval_prompts 60 --eval_every {lab.steps // 10 or 3} --lr {rate} --tables {{out}}/llama/{size}/{m}/tables_seed{{seed}}.safetensors" + (f" {JUDGE}" if m == "DPO" else "")
+            more = f" --eval_data {{world}}/held_out.jsonl --eval_prompts 60 --eval_every {lab.steps // 10 or 3} --lr {rate} " + (JUDGE if m == "DPO" else f"--tables {{out}}/llama/{size}/VAR/tables_seed{{seed}}.safetensors")
             jobs[size, m] = Job(f"figure2/{size}/{m}", METHODS[m] + more, f"llama_{size}", f"llama_{size}", search=False)
     done = lab.do(jobs.values())
     if not done:
