@@ -31,11 +31,13 @@ import torch
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from safetensors import SafetensorError
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from data import check_model_name, end_of_turn_id, pad_id
 from formats import InputError
 
+WORTH_A_CALL = (64, 2048)  # padding tokens that cost more than another call of the layers: on a CPU, on a GPU
 LOGITS_CHUNK = 2**24  # logits alive at once: 64 MB in float32, whatever B, T and V are
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,21 +188,29 @@ def every_process_loads():
         os.environ.pop(name) if old is None else os.environ.update({name: old})
 
 
-def mixed_precision():
-    """What accelerate should autocast to: what its launcher was told, else bfloat16 on GPUs that have it (float32 master weights stay)."""
+def mixed_precision(name=None):
+    """What accelerate should autocast to: what its launcher was told, else bfloat16 where the device has it and it is faster (float32 master
+    weights stay). On a CPU that is from a hidden size of 512 on; `name`: the model that will be run."""
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         return None
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    if name is None or torch.accelerator.is_available() or not torch.cpu._is_avx512_bf16_supported():
+        return "no"
+    base = adapter_base(name) or name
+    known = os.path.exists(os.path.join(base, "config.json"))  # a hub model is not worth a download here
+    config = _from_pretrained(transformers.AutoConfig, base) if known else None
+    return "bf16" if getattr(config and config.get_text_config(), "hidden_size", 0) >= 512 else "no"
 
 
-def make_accelerator(tracker=None, folder=None):
+def make_accelerator(tracker=None, folder=None, model=None):
     """An Accelerator whose collectives may wait long: for tables of unequal work, for one process that writes a checkpoint.
 
     `torchrun --nproc_per_node 2` works without a GPU too; left to itself, accelerate would run two programs that know nothing of each other.
     InputError: a tracker that is unknown or not installed, processes that cannot see each other.
     """
     patience, processes = InitProcessGroupKwargs(timeout=timedelta(hours=24)), int(os.environ.get("WORLD_SIZE", 1))
-    more = {"cpu": processes > 1 and not torch.accelerator.is_available(), "mixed_precision": mixed_precision()}
+    more = {"cpu": processes > 1 and not torch.accelerator.is_available(), "mixed_precision": mixed_precision(model)}
     try:
         accelerator = Accelerator(kwargs_handlers=[patience], log_with=tracker, project_dir=folder, **more)
     except ValueError as error:
@@ -304,11 +314,35 @@ def bind(model, forward):
 
 def _response_logps(model, input_ids, attention_mask, response_mask):
     causal_lm = without_adapter_wrapper(model)
-    hidden = causal_lm.base_model(**model_inputs(input_ids, attention_mask), use_cache=False).last_hidden_state  # (B, T, D)
-    rows, columns = response_mask[:, 1:].nonzero(as_tuple=True)  # (N,) each: the N response tokens of the batch
-    hidden = hidden[:, :-1][rows, columns]  # (B, T, D) -> (N, D): position t-1 predicts token t
+    found = []
+    for some in rows_of_similar_length(causal_lm, attention_mask):
+        T = int(attention_mask[some].sum(dim=1).max()) if len(some) < len(input_ids) else input_ids.shape[1]
+        inputs = model_inputs(input_ids[some, :T], attention_mask[some, :T])
+        hidden = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state  # (b, T, D)
+        rows, columns = response_mask[some, 1:T].nonzero(as_tuple=True)  # (n,) each: the response tokens of these rows
+        found.append((hidden[:, :-1][rows, columns], some[rows], columns))  # (b, T, D) -> (n, D): position t-1 predicts token t
+    hidden, rows, columns = map(torch.cat, zip(*found))  # (N, D), (N,), (N,): the N response tokens of the batch
     logps = logps_from_hidden(causal_lm, hidden, input_ids[:, 1:][rows, columns])  # (N,)
     return logps.new_zeros(response_mask[:, 1:].shape).index_put((rows, columns), logps)  # (N,) -> (B, T-1)
+
+
+def rows_of_similar_length(causal_lm, attention_mask):
+    """The rows of a batch in groups whose common padding is little, as tensors of indices: dialogues of one batch differ so much in length
+    that more than half of it would be padding. One group where padding stands on the left, and under FSDP, where every process must call
+    the layers equally often."""
+    B, device = len(attention_mask), attention_mask.device
+    padded_right = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+    if not padded_right or any(isinstance(module, FSDPModule) for module in causal_lm.modules()):
+        return [torch.arange(B, device=device)]
+    lengths = attention_mask.sum(dim=1).tolist()
+    groups, padding = [], 0
+    for row in sorted(range(B), key=lambda i: -lengths[i]):
+        padding += (lengths[groups[-1][0]] - lengths[row]) if groups else 0
+        if not groups or padding > WORTH_A_CALL[device.type == "cuda"]:
+            groups.append([])
+            padding = 0
+        groups[-1].append(row)
+    return [torch.tensor(rows, device=device) for rows in groups]
 
 
 def without_adapter_wrapper(model):
@@ -339,7 +373,7 @@ def logps_from_hidden(causal_lm, hidden, targets):
     size = max(1, LOGITS_CHUNK // config.vocab_size)
     pieces = []
     for h, t in zip(hidden.split(size), targets.split(size)):
-        again = torch.is_grad_enabled()
+        again = torch.is_grad_enabled() and len(hidden) > size  # a single chunk may stay: backward holds one in any case
         pieces.append(checkpoint(chunk_logps, h, t, use_reentrant=False, preserve_rng_state=False) if again else chunk_logps(h, t))
     return torch.cat(pieces)
 

@@ -432,7 +432,7 @@ def weights_at_a_glance(rewards, ref_logps, beta, estimator):
 
 
 def main(args):
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(model=args.model)
     if args.ref_model:
         check_model_name(args.ref_model)
     tokenizer, reward_tokenizer, plan, eval_plan = load_plan(args, args.responses or "all", accelerator.is_main_process)

@@ -345,7 +345,7 @@ def main(args):
 
         miniature.build()
     out = Path(args.output_dir)
-    accelerator = make_accelerator(args.tracker, args.output_dir)
+    accelerator = make_accelerator(args.tracker, args.output_dir, args.model)
     P, main_process, device = accelerator.num_processes, accelerator.is_main_process, accelerator.device
     say = print if main_process else lambda *_: None
     loss, accum = LOSSES[args.loss], args.accum or P

@@ -180,7 +180,7 @@ def load_reward(args, reward_tokenizer, device):
 
 def main(args):
     out = Path(args.output_dir)
-    accelerator = make_accelerator(args.tracker, args.output_dir)
+    accelerator = make_accelerator(args.tracker, args.output_dir, args.model)
     P, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     say = print if accelerator.is_main_process else lambda *_: None
     files = RunFiles(accelerator, out, args)

@@ -9,7 +9,7 @@ import random
 import socket
 
 import pytest
-from tiny import CHATML, TEXTS, bpe_tokenizer, causal_lm, chatml_tokenizer, reward_model, save
+from tiny import CHATML, TEXTS, bpe_tokenizer, causal_lm, chatml_tokenizer, config, reward_model, save
 
 import torch
 import transformers
@@ -719,3 +719,42 @@ def test_a_fingerprint_follows_the_weights_and_nothing_else(tmp_path):
     ids = {first, *(fingerprint(save(tmp_path / f"other {i}", other, tokenizer)) for i, other in enumerate(others))}
     tokenizer.chat_template = CHATML
     assert len(ids | {fingerprint(save(tmp_path / "template", model, tokenizer))}) == 4
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_rows_run_in_groups_of_similar_length_score_as_the_padded_batch_does(architecture):
+    """Lengths 3 to 200: the layers see little padding, the numbers and gradients are those of one padded batch. Left padding stays one group."""
+    model = policy(architecture)
+    lengths = [200, 3, 120, 118, 60, 4, 199, 30]
+    ids = torch.randint(1, V, (8, 200), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(200) < torch.tensor(lengths)[:, None]).long()
+    response = mask.clone()
+    response[:, :2] = 0
+    groups = model_file.rows_of_similar_length(model, mask)
+    assert sorted(torch.cat(groups).tolist()) == list(range(8)) and 1 < len(groups) < 8
+    assert all(max(lengths[i] for i in g) - min(lengths[i] for i in g) <= model_file.WORTH_A_CALL[0] for g in groups)
+    gradients = []
+    for limit in (model_file.WORTH_A_CALL, (10**9, 10**9)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model_file, "WORTH_A_CALL", limit)
+            model.zero_grad()
+            logps = sequence_logps(model, ids, mask, response)
+            (logps * torch.arange(8)).sum().backward()
+            gradients.append((logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    torch.testing.assert_close(gradients[0][0], gradients[1][0], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradients[0][1], gradients[1][1], rtol=1e-3, atol=1e-3)
+    assert len(model_file.rows_of_similar_length(model, mask.flip(1))) == 1
+
+
+def test_bfloat16_on_a_cpu_is_for_models_it_makes_faster(tmp_path, monkeypatch):
+    """Hidden 512 and a CPU with the instructions: yes; a smaller model, another CPU, or what the launcher was told: no."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if torch.accelerator.is_available():
+        pytest.skip("a machine with an accelerator")
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        for hidden in (256, 512):
+            config("llama", 50, hidden=hidden).save_pretrained(tmp_path / str(hidden))
+            assert model_file.mixed_precision(str(tmp_path / str(hidden))) == ("bf16" if has and hidden == 512 else "no")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert model_file.mixed_precision(str(tmp_path / "512")) is None
