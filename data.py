@@ -428,8 +428,12 @@ def load_plan(args, mode, show=True, pairs=False, weight_column=None):
     if not examples:
         raise InputError(f"--eval_fraction {args.eval_fraction} leaves no example to train on")
     names = ("training", "held out") if show else (None, None)
-    plans = [make_plan(part, args, mode, pairs, name) if part else None for name, part in zip(names, (examples, held_out))]
-    return tokenizer, reward_tokenizer, *plans
+    plan = make_plan(examples, args, mode, pairs, names[0])
+    try:
+        eval_plan = make_plan(held_out, args, mode, pairs, names[1]) if held_out else None
+    except InputError as error:
+        raise InputError(f"held out: {error}; or hold out more (--eval_fraction, --eval_data), or nothing") from None
+    return tokenizer, reward_tokenizer, plan, eval_plan
 
 
 @functools.lru_cache(maxsize=4)
