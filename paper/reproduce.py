@@ -14,6 +14,7 @@ The world is that of paper/miniature.py: its true reward is a function, so "bett
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -120,10 +121,15 @@ class Lab:
                     print(f"python {job.program}.py {run_flags(job, self, rate, seed)}")
             return {}
         todo = [job for job in jobs if not result_file(job, self).exists()]
-        with ProcessPoolExecutor(self.workers, mp_context=get_context("spawn")) as pool:
-            for number, (job, text) in enumerate(zip(todo, pool.map(work, [(job, self) for job in todo])), 1):
-                print(f"[{number}/{len(todo)}] {job.key}: {text}", flush=True)
+        for number, (job, text) in enumerate(zip(todo, pool(self.workers).map(work, [(job, self) for job in todo])), 1):
+            print(f"[{number}/{len(todo)}] {job.key}: {text}", flush=True)
         return {job.key: json.loads(result_file(job, self).read_text()) for job in jobs}
+
+
+@functools.cache
+def pool(workers):
+    """Worker processes, kept from item to item: each imports torch once."""
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
 
 def folder_of(job, lab):

@@ -55,7 +55,7 @@ def test_preferences_are_bradley_terry_and_their_ceiling_is_known():
 @pytest.mark.slow
 def test_the_demo_prints_its_table_and_var_beats_sft(tmp_path):
     """`make demo` from nothing: VAR with group partners is nearer to pi* than SFT on the same answers, on held-out prompts."""
-    for name in [file.name for file in ROOT.glob("*.py")] + ["paper", "baselines"]:
+    for name in [file.name for file in ROOT.glob("*.py")] + ["paper", "baselines", "eval"]:
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     done = subprocess.run([sys.executable, "paper/miniature.py", "demo"], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
