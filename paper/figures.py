@@ -48,6 +48,7 @@ def curves_figure(curves, path):
 def lengths_figure(counts, path):
     """Figure 3. {variant: [tokens of each response]}: a violin a variant."""
     figure, ax = canvas()
+    ax.set_axisbelow(True)
     parts = ax.violinplot(list(counts.values()), showmeans=True, showextrema=False, widths=0.85)
     for body, name in zip(parts["bodies"], counts):
         body.set(facecolor=COLOURS[name], alpha=0.7)

@@ -93,7 +93,8 @@ def rewards_table(architecture):
         text = f"VAR above DPO in true reward in {better} of {len(pairs)} pairs of rows (paper: 18 of 20 on Avg. All)" if architecture == "qwen2" else f"VAR above DPO in true reward in {better} of {len(pairs)} pairs of rows"
         claims = [(text, verdict(better == len(pairs))), ("VAR above its base at every size", verdict(all(average(results[s, "VAR"]) > average(results[s, "Base"]) for s in lab.sizes)))]
         claims += [("SFT before VAR helps at every size", verdict(all(average(results[s, "SFT+VAR"]) > average(results[s, "VAR"]) for s in lab.sizes)))]
-        return {"markdown": table(head, rows), "claims": claims}
+        edges = [f"{size} {variant}" for (size, variant), r in results.items() if r.get("lr") in (lab.rates[0], lab.rates[-1])]
+        return {"markdown": table(head, rows) + f"\n\nBest rate at an edge of those tried: {', '.join(edges) or 'none'}.", "claims": claims}
 
     return run
 

@@ -276,6 +276,8 @@ def write_results(path, lab, results, minutes):
         f"{lab.seeds[0]} by the true reward of answers to 60 training prompts. Every method sees {lab.steps * 8:,} responses, unless a table says otherwise.", "",
         f"Hardware: {platform.machine()}, {os.cpu_count()} cores, no GPU, {lab.workers} runs side by side, one thread each. Python {platform.python_version()}.", "",
     ]  # fmt: skip
+    if missing := [item.title for name, item in ITEMS.items() if name not in results]:
+        lines += [f"Not run yet: {'; '.join(missing)}.", ""]
     claims = [(item.title, *claim) for name, item in ITEMS.items() if name in results for claim in results[name]["claims"]]
     lines += ["## Claims", "", table(["from", "claim", "in miniature", "at full size"], [[*claim, "not tried"] for claim in claims]), ""]
     for name, item in ITEMS.items():

@@ -25,7 +25,7 @@ def test_every_function_and_file_named_in_the_documents_exists():
             assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
         for file in re.findall(r"`((?:\w+/)*\w+\.(?:py|md|txt|toml))`", text):
             assert (ROOT / file).exists() or (ROOT / "tests" / file).exists(), file
-        for file in re.findall(r"\]\((\w+\.md)\)", text):
+        for file in re.findall(r"\]\(([\w/]+\.(?:md|png))\)", text):
             assert (ROOT / file).exists(), file
 
 
