@@ -9,6 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 
 .PHONY: demo test test-all lint clean
+test test-all: export OMP_NUM_THREADS = 1  # two workers on two cores; threads that wait for each other would make them ten times slower
 
 demo: $(VENV)/core
 	$(BIN)/python paper/miniature.py demo
