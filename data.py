@@ -80,6 +80,22 @@ def add_loading_flags(parser, policy=True, reward=True):
 # fmt: on
 
 
+def check_bounds(parser, args, above_zero, from_zero):
+    """parser.error unless these flags are finite and above 0, or at least 0; a flag that is None is not checked."""
+    for name in (*above_zero, *from_zero):
+        value = getattr(args, name)
+        if value is not None and not (0 < value < float("inf") or (value == 0 and name in from_zero)):
+            parser.error(f"--{name} must be {'at least' if name in from_zero else 'above'} 0 and finite, got {value}")
+
+
+def check_adapter(parser, args):
+    """True if --lora_rank or --model brings an adapter to train; parser.error if 4 bits are to be trained without one."""
+    adapter = bool(args.lora_rank) or os.path.exists(os.path.join(args.model, "adapter_config.json"))
+    if args.load_in_4bit and not adapter:
+        parser.error("--load_in_4bit: weights of 4 bits cannot take a gradient step; add --lora_rank R to train an adapter on top of them")
+    return adapter
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Conversation -> token ids
 

@@ -473,10 +473,3 @@ def merge_adapter(folder, tokenizer, out, dtype="auto", trust_remote_code=False)
     """Write the base model of an adapter folder with the adapter added into its weights, a plain folder; the base is read anew, not in 4 bits."""
     model = load_policy(folder, dtype, trust_remote_code=trust_remote_code)
     save_model(model.merge_and_unload(), tokenizer, out)
-
-
-def write_json(path, value):
-    """Write a JSON file by atomic rename."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)

@@ -79,7 +79,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from model import adamw, bind, load_reward_model, lr_at, make_accelerator, model_inputs, save_model, write_json
+from eval.files import write_json
+from model import adamw, bind, load_reward_model, lr_at, make_accelerator, model_inputs, save_model
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Eq. 1

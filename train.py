@@ -25,10 +25,9 @@ Departures from the paper, besides those in var.py and baselines/:
 import argparse
 import json
 import os
-import sys
 
 from baselines.methods import LOSSES, Batch, mismatched
-from data import add_data_flags, add_loading_flags, add_plan_flags, check_model_name, collate, load_plan, pad_id, step_micro_batches
+from data import add_data_flags, add_loading_flags, add_plan_flags, check_adapter, check_bounds, check_model_name, collate, load_plan, pad_id, step_micro_batches
 from formats import InputError, run
 
 
@@ -84,10 +83,7 @@ def parse_args(argv=None):
         parser.error("--model and --data go together (without both, the miniature world is trained)")
     above_zero = ("value_prompts", "lora_rank", "beta", "lr", "epochs", "max_steps", "accum", "eval_every", "max_grad_norm", "keep", "max_reward_tokens")
     from_zero = ("clip", "label_smoothing", "warmup_ratio", "weight_decay", "eval_prompts", "save_every", "seed")
-    for name in above_zero + from_zero:
-        value = getattr(args, name)
-        if value is not None and not (0 < value < float("inf") or (value == 0 and name in from_zero)):
-            parser.error(f"--{name} must be {'at least' if name in from_zero else 'above'} 0 and finite, got {value}")
+    check_bounds(parser, args, above_zero, from_zero)
     if args.eval_every and not (args.eval_data or args.eval_fraction):
         parser.error(f"--eval_every {args.eval_every}: nothing is held out; add --eval_data or --eval_fraction")
     if args.warmup_ratio > 1:
@@ -109,10 +105,8 @@ def parse_args(argv=None):
     args.not_read = sorted(flag for flag in own if getattr(args, flag) != parser.get_default(flag))
     args.beta = args.beta if args.beta is not None else loss.beta
     args.output_dir = args.output_dir or f"runs/{args.loss}"
-    adapter = args.lora_rank or os.path.exists(os.path.join(args.model, "adapter_config.json"))
-    if args.load_in_4bit and not adapter:
-        parser.error("--load_in_4bit: weights of 4 bits cannot take a gradient step; add --lora_rank R to train an adapter on top of them")
-    if args.merge and not adapter:
+    has_adapter = check_adapter(parser, args)
+    if args.merge and not has_adapter:
         parser.error("--merge: there is no adapter to merge; add --lora_rank R")
     if args.loss == "var" and args.reward_model is None and args.estimator != "constant" and args.partners != "group":
         parser.error("--reward_model is missing (scores in the data can replace it with --estimator constant or --partners group)")
@@ -134,10 +128,9 @@ from pathlib import Path
 
 import accelerate
 import torch
-import transformers
 from tqdm import tqdm
 
-from eval.files import read_jsonl, write_jsonl
+from eval.files import read_jsonl, versions, write_json, write_jsonl
 from eval.generate import generate_rows
 from eval.reward import sigmoid100
 from model import (
@@ -154,7 +147,6 @@ from model import (
     merge_adapter,
     save_model,
     sequence_logps,
-    write_json,
 )
 from reward import bind_scores, score
 from tables import build_tables, eval_path, plan_fingerprint, summary, weights_at_a_glance
@@ -203,8 +195,8 @@ class RunFiles:
 
     def finished(self, about):
         """True if OUT holds this run, done. `about`: what the run depends on besides flags and versions. InputError: OUT holds a run of other settings."""
-        versions = {"python": sys.version.split()[0]} | {package.__name__: package.__version__ for package in (torch, transformers, accelerate)}
-        self.about = {"args": vars(self.args), "versions": versions, "processes": self.accelerator.num_processes} | about
+        packages = versions("torch", "transformers", "accelerate")
+        self.about = {"args": vars(self.args), "versions": packages, "processes": self.accelerator.num_processes} | about
         if not (self.out / "run.json").exists():
             return False
         found = json.loads((self.out / "run.json").read_text())

@@ -22,9 +22,10 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from data import make_plan
+from eval.files import write_json
 from eval.sampling import generate_responses
 from formats import InputError
-from model import fingerprint, load_policy, load_reward_model, release, without_adapter_wrapper, write_json
+from model import fingerprint, load_policy, load_reward_model, release, without_adapter_wrapper
 from reward import bind_scores, score
 from tables import plan_fingerprint
 
@@ -44,7 +45,6 @@ def keep_advantageous(plan, eval_plan, accelerator, tokenizer, reward_tokenizer,
         rows = [{"where": e.where, "reward": r, "value": v, "advantage": r - v} for e, r, v in zip(examples, rewards, values)]
         found = {"depends_on": depends_on, "value_head": fit, "rows": rows}
         if accelerator.is_main_process:
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, found)
         accelerator.wait_for_everyone()
     for example, row in zip(examples, found["rows"]):
@@ -75,17 +75,17 @@ def measure(examples, training, accelerator, tokenizer, reward_tokenizer, args):
     of_training = list({e.prompt_ids.tobytes(): e for e in examples[:training]}.values())
     every = max(1, len(of_training) // args.value_prompts)
     asked = of_training[::every][: args.value_prompts]  # spread over the data, whose order may mean something
-    my_asked = asked[rank::P]
+    place = {e.prompt_ids.tobytes(): n for n, e in enumerate(asked)}
+    my_asked = [(n, e) for n, e in enumerate(mine) if e.prompt_ids.tobytes() in place]
 
     loading = (args.attn_implementation, args.trust_remote_code, args.load_in_4bit)
     model = load_policy(args.ref_model or args.model, args.dtype, *loading).eval().to(device)
     samples = []
     with torch.no_grad(), accelerator.autocast():
         states = [prompt_state(model, e.prompt_ids) for e in tqdm(mine, desc="prompt states", **bar)]  # (2D,) each
-        asked_states = [prompt_state(model, e.prompt_ids) for e in my_asked]
         for start in tqdm(range(0, len(my_asked), 16), desc="samples of the reference", **bar):
-            some = my_asked[start : start + 16]
-            seeds = [args.seed * 2**20 + (start + i) * P + rank for i in range(len(some))]
+            some = [e for _, e in my_asked[start : start + 16]]
+            seeds = [args.seed * 2**20 + place[e.prompt_ids.tobytes()] for e in some]
             limits = (args.max_response_tokens, 1.0, 1.0, 0)  # tokens, temperature, top_p, top_k: pi_ref itself
             ids = generate_responses(model, tokenizer, [e.prompt_ids for e in some], seeds, *limits)
             samples += [tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True) for ids, finished in ids]
@@ -95,11 +95,11 @@ def measure(examples, training, accelerator, tokenizer, reward_tokenizer, args):
     model = bind_scores(model.to(device))
     settings = {"max_tokens": args.max_reward_tokens, "progress": accelerator.is_main_process}
     my_examples = examples[rank::P]
-    texts = [(e.messages, text) for e, text in zip(my_asked, samples)] + [(e.messages, e.response) for e in my_examples]
+    texts = [(e.messages, text) for (_, e), text in zip(my_asked, samples)] + [(e.messages, e.response) for e in my_examples]
     rewards = torch.tensor(score(model, reward_tokenizer, texts, **settings)).sigmoid().tolist()
     release(model)
 
-    sampled = gather_object([(s.tolist(), r) for s, r in zip(asked_states, rewards)])
+    sampled = gather_object([(states[n].tolist(), r) for (n, _), r in zip(my_asked, rewards)])
     value, fit = fit_value(torch.tensor([s for s, _ in sampled]), torch.tensor([r for _, r in sampled]), args.seed)
     values = dict(gather_object([(e.prompt_ids.tobytes(), v) for e, v in zip(mine, value(torch.stack(states)).tolist() if mine else [])]))
     known = dict(gather_object(list(zip(range(rank, len(examples), P), rewards[len(my_asked) :]))))

@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a program: the modules lie one folder up
 
-from data import add_loading_flags, check_model_name, collate, encode_records, load_tokenizer, pad_id, step_micro_batches
+from data import add_loading_flags, check_adapter, check_bounds, check_model_name, collate, encode_records, load_tokenizer, pad_id, step_micro_batches
 from formats import InputError, Unusable, run
 
 
@@ -77,12 +77,8 @@ def parse_args(argv=None):
         parser.error("one of --reward_model and --reward_function is needed, and not both")
     above_zero = "lora_rank prompts inner_steps micro_batch lr epochs max_steps max_grad_norm eval_every eval_prompts keep max_prompt_tokens max_response_tokens max_reward_tokens"
     from_zero = "clip kl_coef warmup_ratio weight_decay save_every seed"
-    for name in above_zero.split() + from_zero.split():
-        value = getattr(args, name)
-        if value is not None and not (0 < value < float("inf") or (value == 0 and name in from_zero.split())):
-            parser.error(f"--{name} must be {'at least' if name in from_zero.split() else 'above'} 0 and finite, got {value}")
-    if args.load_in_4bit and not args.lora_rank and not (Path(args.model) / "adapter_config.json").exists():
-        parser.error("--load_in_4bit: weights of 4 bits cannot take a gradient step; add --lora_rank R to train an adapter on top of them")
+    check_bounds(parser, args, above_zero.split(), from_zero.split())
+    check_adapter(parser, args)
     if args.samples < 2:
         parser.error(f"--samples {args.samples}: a group of one has no spread, so its advantage is always 0; use 2 or more")
     if args.eval_every and not args.eval_data:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.averages import mean_and_error
 from paper import miniature
-from paper.reproduce import SUBSETS, Job, cell, mean_error, table
+from paper.reproduce import SUBSETS, Job, cell, table
 
 DATA, JUDGE = "--data {world}/train.jsonl", "--reward_model {world}/reward"
 METHODS = {  # name -> flags; B = 4 pairs of DPO are 8 responses, as everywhere
@@ -53,7 +54,7 @@ def values(result, *path):
 
 
 def average(result, name="true"):
-    return mean_error(values(result, "all", name))[0] if result["runs"] else float("-inf")
+    return mean_and_error(values(result, "all", name))[0] if result["runs"] else float("-inf")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

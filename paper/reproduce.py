@@ -29,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # when run as a program: the modules lie one folder up
 
+from eval.averages import mean_and_error
 from formats import InputError, run
 from paper import full_scale, miniature
 
@@ -217,9 +218,12 @@ def evaluate(folder, lab, size, beta, seed, gen, log):
     subsets = {name: miniature.read_samples([row for row in rows if row["subset"] == name]) | {"score": scored[name]["reward"]} for name in (*SUBSETS, "training")}
     held_out = [row for row in rows if row["subset"] != "training"]
     prompts = [row["prompt"][0]["content"] for row in held_out]
-    truth = miniature.Truth(lab.out / size, list(dict.fromkeys(prompts)), beta)
+    truth = truth_of(lab.out / size, tuple(dict.fromkeys(prompts)), beta)
     everything = miniature.read_samples(held_out) | {"score": sum(subsets[name]["score"] for name in SUBSETS) / len(SUBSETS)}
     return {"subsets": subsets, "training prompts": subsets.pop("training"), "all": everything | truth.of(folder) | {"bound": truth.bound}, "samples": str(gen)}
+
+
+truth_of = functools.cache(miniature.Truth)  # a worker meets the same reference and prompts in every run
 
 
 SUBSETS = ("small_does", "small_could", "large_does", "large_could")  # held-out prompts by the size of the thing and the phrasing
@@ -243,18 +247,11 @@ def write_subsets(world):
 # Results
 
 
-def mean_error(values):
-    """(mean, standard error over seeds or None) of a list of numbers."""
-    from eval.averages import mean_and_error
-
-    return mean_and_error(values)
-
-
 def cell(values, digits=2):
     """Markdown of a mean over seeds and its standard error; "failed" for an empty list."""
     if not values:
         return "failed"
-    mean, error = mean_error(values)
+    mean, error = mean_and_error(values)
     return f"{mean:.{digits}f}" if error is None else f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 

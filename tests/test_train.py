@@ -15,7 +15,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from tiny import ROOT, SHARED_DATA, bpe_tokenizer, causal_lm, chatml_tokenizer, reward_model, run_program, save
+from tiny import ENVIRONMENT, ROOT, SHARED_DATA, bpe_tokenizer, causal_lm, chatml_tokenizer, reward_model, run_program, save, write
 
 import torch
 import transformers
@@ -32,7 +32,6 @@ from model import load_policy, load_reward_model, sequence_logps
 from reward import bind_scores, score
 
 torch.set_num_threads(1)
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 THINGS = "kettle lamp stove ladder drawer spoon pillow shelf broom candle bucket mirror".split()
@@ -47,11 +46,6 @@ def groups(things):
     """Two, three or four answers to a prompt, with scores."""
     answers = ["It is in the hall.", "Somewhere.", "The {} again? Not my job.", "Ask the dog about your {}, not me."]
     return [{"prompt": f"Where is the {x}?", "responses": [a.format(x) for a in answers[: 2 + i % 3]], "scores": [2.0, 0.5, -1.0, -2.0][: 2 + i % 3]} for i, x in enumerate(things)]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
