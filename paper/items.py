@@ -200,7 +200,7 @@ def grpo_table(lab, figures):
     ratio = [seconds[f"{pre}GRPO"] / seconds[f"{pre}VAR"] for pre in ("", "SFT+")]
     true = {name: average(done[job.key]) for name, job in jobs.items()}
     claims = [(f"VAR's epoch, tables included, is about 5 times as fast as GRPO's: {ratio[0]:.1f} and {ratio[1]:.1f} times", verdict(min(ratio) >= 4))]
-    claims += [("VAR from base comes near GRPO from base in reward", verdict(true["VAR"] >= true["GRPO"] - 0.2))]
+    claims += [("VAR from base comes within 0.2 of GRPO's true reward from base, with or without KL", verdict(true["VAR"] >= max(true["GRPO"], true["GRPO, KL 0.1"]) - 0.2))]
     head = ["", "true reward", "reward model", "wrong %", "garbled %", "seconds an epoch", "of it tables", "of it sampling", "lr"]
     return {"markdown": table(head, rows), "claims": claims}
 
@@ -211,8 +211,9 @@ def times_of(folder):
     steps = [row for row in rows if row["step"] > 0]
     if "time/total" in steps[0]:
         return {"all": sum(row["time/total"] for row in steps), "tables": 0.0, "sampling": sum(row["time/sampling"] for row in steps)}
-    about = json.loads((folder / "run.json").read_text())
-    return {"all": sum(row["seconds"] for row in steps) + about["table_seconds"], "tables": about["table_seconds"], "sampling": 0.0}
+    same_seed = folder.parent.glob(f"lr*_{folder.name.rsplit('_', 1)[1]}/run.json")  # they share a table, which the first of them measured
+    table_seconds = max(json.loads(file.read_text())["table_seconds"] for file in same_seed)
+    return {"all": sum(row["seconds"] for row in steps) + table_seconds, "tables": table_seconds, "sampling": 0.0}
 
 
 def accuracy_table(lab, figures):
@@ -301,7 +302,7 @@ ITEMS = {
     "table1": Item("Table 1: rewards, Llama", "Three hidden sizes of a two-layer Llama; mean true reward of sampled answers (-4 to 2), by subset.", rewards_table("llama")),
     "table2": Item("Table 2: rewards, Qwen2.5", "The same with the Qwen2 architecture.", rewards_table("qwen2")),
     "table3": Item("Figure 1 and Table 3: win rates", "Against the chosen response of a preference pair; an answer as good as the chosen one is a tie.", win_rates),
-    "table4": Item("Table 4: VAR and GRPO", "One epoch over the 360 prompts: VAR 1,800 responses, GRPO 8 new samples a prompt. Runs one after the other.", grpo_table),
+    "table4": Item("Table 4: VAR and GRPO", "One epoch over the 360 prompts: VAR 1,800 responses, GRPO 8 new samples a prompt of about 15 tokens. Runs one after the other. The tables serve every further epoch, learning rate and beta; at this size they are thousands of calls of tiny models, each mostly overhead (bench/README.md compares at a larger one).", grpo_table),
     "table5": Item("Table 5: accuracy, and every method", "Medium Llama. Right: brief or rambling, with the true statement.", accuracy_table),
     "table6": Item("Table 6: batch size", "Medium Llama, VAR as in the paper, `--partners batch`.", batch_size_table),
     "table7": Item("Table 7: samples", "Medium Llama, the first held-out prompt.", samples),

@@ -84,7 +84,7 @@ class Lab:
     workers: int = 2
     dry_run: bool = False
     seeds: tuple = (0, 1, 2)
-    rates: tuple = ("3e-5", "1e-4", "3e-4", "1e-3")
+    rates: tuple = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3")
     steps: int = 450  # of 8 responses: the 1,800 responses of the world twice
     sizes: dict = field(default_factory=lambda: {"small": 32, "medium": 64, "large": 128})  # hidden sizes, two layers each
 

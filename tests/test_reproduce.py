@@ -76,9 +76,9 @@ def lab(tmp_path, **more):
 
 
 def test_a_job_searches_on_its_first_seed_and_trains_the_others_with_the_best(tmp_path):
-    """4 rates on seed 0, then seeds 1 and 2; a job with its own rate has no search; equal budgets: 450 steps of 8 responses for all, DPO 4 pairs."""
+    """5 rates on seed 0, then seeds 1 and 2; a job with its own rate has no search; equal budgets: 450 steps of 8 responses for all, DPO 4 pairs."""
     whole = Lab(tmp_path)
-    assert job_runs(Job("a", "--loss sft", "m", "m"), whole) == [("3e-5", 0), ("1e-4", 0), ("3e-4", 0), ("1e-3", 0), ("3e-5", 1), ("3e-5", 2)]
+    assert job_runs(Job("a", "--loss sft", "m", "m"), whole) == [("1e-5", 0), ("3e-5", 0), ("1e-4", 0), ("3e-4", 0), ("1e-3", 0), ("1e-5", 1), ("1e-5", 2)]
     assert job_runs(Job("a", "--loss sft --lr 1", "m", "m", search=False), whole) == [("", 0), ("", 1), ("", 2)]
     for name, flags in METHODS.items():
         args = importlib.import_module("train").parse_args(run_flags(Job(name, flags, "m", "m"), whole, "1e-3", 1).split())
@@ -87,7 +87,7 @@ def test_a_job_searches_on_its_first_seed_and_trains_the_others_with_the_best(tm
 
 def test_the_best_rate_is_that_of_the_highest_true_reward_and_a_failure_is_kept(tmp_path, monkeypatch):
     """Never the reward model's opinion. A rate that failed cannot win; a job of failures says why, and its cell reads "failed"."""
-    rewards = {"3e-5": 0.2, "1e-4": 0.5, "3e-4": 1.5, "1e-3": 0.1}
+    rewards = {"1e-5": 0.0, "3e-5": 0.2, "1e-4": 0.5, "3e-4": 1.5, "1e-3": 0.1}
 
     def fake(job, lab, rate, seed, log):
         return {"failed": "a weight is inf"} if job.key == "bad" or rate == "1e-3" else {"training prompts": {"true": rewards[rate]}, "all": {"true": seed}}
