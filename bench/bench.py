@@ -42,6 +42,7 @@ def parse_args(argv=None):
     parser.add_argument("--quick", action="store_true", help="tiny sizes and one round, to see that everything runs; measures nothing")
     parser.add_argument("--precision", choices=["no", "bf16"], help="autocast of ours and of TRL (default: what our programs choose by themselves)")
     parser.add_argument("--compile", action="store_true", help="our model's layers through torch.compile")
+    parser.add_argument("--attn_implementation", metavar="NAME", help="attention kernel of both sides: sdpa, flash_attention_2, ... (default: transformers chooses)")
     parser.add_argument("--results", metavar="FILE", help="where the numbers are kept (default: bench/results_DEVICE.json; with --quick runs/bench_quick.json)")
     parser.add_argument("--out", metavar="FILE", help="also write the table to this file")
     parser.add_argument("--show", action="store_true", help="measure nothing, print the table of the stored numbers")
@@ -58,6 +59,7 @@ def parse_args(argv=None):
 
 
 def main(args):
+    import gc
     import json
 
     from timing import machine, store, table
@@ -67,6 +69,8 @@ def main(args):
             os.environ["ACCELERATE_MIXED_PRECISION"] = args.precision
         if args.device == "cpu":
             os.environ["ACCELERATE_USE_CPU"] = "true"
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0] if args.device == "cuda" else ""  # one GPU, or none
         os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         import rows
         import torch
@@ -80,7 +84,14 @@ def main(args):
         for name in args.only or ROWS:
             load, start = os.getloadavg()[0], time.perf_counter()
             print(f"{name}: {ROWS[name]} ...", file=sys.stderr, flush=True)
-            lines = getattr(rows, name)(args)
+            try:
+                lines = getattr(rows, name)(args)
+            except RuntimeError as error:  # out of memory, here or in a process of its own; the other rows may still fit
+                print(error, file=sys.stderr)
+                lines = [{"what": ROWS[name], "value": None, "text": "failed", "target": None, "note": str(error).strip().splitlines()[-1][:100]}]
+            gc.collect()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()  # rows in processes of their own need it
             about = {"machine": machine(args.device), "date": time.strftime("%Y-%m-%d %H:%M"), "load": load, "seconds": time.perf_counter() - start}
             store(args.results, name, about | {"precision": "bf16 autocast" if args.bf16 else "float32", "lines": lines})
     found = json.loads(Path(args.results).read_text()) if Path(args.results).exists() else {}

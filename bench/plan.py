@@ -10,14 +10,15 @@ Per device, W devices under FSDP2, P weights of which each device keeps its shar
     copies in bfloat16            W = 1: autocast's, 2 bytes a weight; W > 1: embedding and head, two layers gathered, one layer's gradients
     activations                   B T L x (16 D + 14 D + 4 K + 8 I + 4 heads + 8) bytes under autocast, (32 D + 8 K + 16 I + 4 heads + 8) in
                                   float32, K = key-value width; with --gradient_checkpointing B T x 4 D L, and one layer of the above
-    head                          three times LOGITS_CHUNK float32 numbers (logits, softmax, gradient), whatever V is; where the embedding is also
-                                  the head, one V x D gradient more, because two of them are added
+    head                          8 bytes (float32) or 10 (autocast) x LOGITS_CHUNK: the logits of a chunk and their softmax, whatever V is; where the
+                                  embedding is also the head, one V x D gradient more, because two of them are added
 
 With 4 bits and an adapter the linear layers take 0.52 bytes a weight, and gradients and AdamW hold the adapter alone. The terms of a layer
 are what autograd saves in it, counted with saved_tensors_hooks; `python bench/bench.py --only plan` compares the sum with measured peaks.
 
 Tables, N examples, P tokens a prompt, R a response: N (P + B R) forward tokens through each of the two models, 8 N B bytes on disk. So the cost is
-linear in N, in the prompt and in the response; in B it is linear where B R is larger than P, and free below.
+linear in N, in the prompt and in the response; in B it is linear where B R is larger than P, and free below. W devices take a W-th of the
+micro-batches each, but every one of them holds the whole reference: 4 bytes a weight, or 0.52 with --load_in_4bit.
 """
 
 import argparse
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from formats import InputError, run
 
 GB = 1e9
-LOGITS_CHUNK = 2**24  # of model.py, which needs torch; tests/test_bench.py compares the two
+LOGITS_CHUNK = {"cpu": 2**24, "gpu": 2**27}  # of model.py, which needs torch; tests/test_bench.py compares the two
 
 
 def dims(hidden, layers, heads, kv_heads, intermediate, vocab, tied, bias=False, head_dim=None):
@@ -103,8 +104,8 @@ def layer_activations(config, autocast):
     return 4 * (6 * D + 2 * Q + 2 * K + 4 * I) + stats
 
 
-def training_memory(config, devices=1, B=8, T=1024, checkpointing=True, autocast=True, lora_rank=None, in_4bit=False):
-    """Bytes on one device, by name, of a VAR run with micro-batches of B rows of T tokens."""
+def training_memory(config, devices=1, B=8, T=1024, checkpointing=True, autocast=True, lora_rank=None, in_4bit=False, kind="gpu"):
+    """Bytes on one device (of kind "cpu" or "gpu"), by name, of a VAR run with micro-batches of B rows of T tokens."""
     P, L, D, head = weights(config), config["num_hidden_layers"], config["hidden_size"], head_weights(config)
     layer = layer_weights(config)
     linear = L * sum(i * o for i, o in layer_matrices(config))
@@ -123,7 +124,7 @@ def training_memory(config, devices=1, B=8, T=1024, checkpointing=True, autocast
         "AdamW": 8 * trained / devices,
         "copies": copies,
         "activations": (B * T * 4 * D * L + per_layer if checkpointing else L * per_layer) + B * T * 8 * D,
-        "head": 3 * 4 * min(LOGITS_CHUNK, B * T * config["vocab_size"]) + (4 * head if config["tie_word_embeddings"] and not lora_rank else 0),
+        "head": (10 if autocast else 8) * min(LOGITS_CHUNK[kind], B * T * config["vocab_size"]) + (4 * head if config["tie_word_embeddings"] and not lora_rank else 0),
     }
 
 
@@ -172,13 +173,14 @@ def tables_table(configs, N, B, prompt_tokens, response_tokens):
     lines = [
         f"The reference's table for N = {N:,} examples, prompts of {prompt_tokens} and responses of {response_tokens} tokens, B = {B}:",
         "",
-        "| model | forward tokens | PFLOP | against one epoch of training | on disk, both tables |",
-        "|---|---|---|---|---|",
+        "| model | forward tokens | PFLOP | of it each of 4, 8, 32 devices | against one epoch of training | weights on each device | on disk, both tables |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, config in configs.items():
         cost = tables_cost(config, N, B, prompt_tokens, response_tokens)
         epoch = useful_flops(config, [(prompt_tokens, response_tokens)]) * N
-        lines.append(f"| {name} | {cost['tokens']:,} | {cost['flops'] / 1e15:,.0f} | {cost['flops'] / epoch:.2f}x | {cost['bytes'] / 1e6:.1f} MB |")
+        peta, shares = cost["flops"] / 1e15, ", ".join(f"{cost['flops'] / 1e15 / W:,.0f}" for W in (4, 8, 32))
+        lines.append(f"| {name} | {cost['tokens']:,} | {peta:,.0f} | {shares} | {cost['flops'] / epoch:.2f}x | {4 * weights(config) / GB:.1f} GB | {cost['bytes'] / 1e6:.1f} MB |")
     return lines
 
 

@@ -27,10 +27,16 @@ NO_TRL = {"value": None, "text": "not measured", "target": None, "note": "TRL is
 
 
 def shape(settings, hidden, layers, vocab_size, heads=4):
-    """The CPU shape of a row, or on a GPU, where such a model would measure nothing but launches, Qwen2.5-0.5B's."""
+    """The CPU shape of a row, or on a GPU, where such a model would measure nothing but launches, Qwen2.5-0.5B's with this V."""
+    found = dims(hidden, layers, heads, heads // 2, 11 * hidden // 4, vocab_size, tied=True, bias=True)
     if settings.device == "cuda":
-        return PAPER_MODELS["Qwen2.5-0.5B"]
-    return dims(hidden, layers, heads, heads // 2, 11 * hidden // 4, vocab_size, tied=True, bias=True)
+        found = PAPER_MODELS["Qwen2.5-0.5B"] | {"vocab_size": vocab_size}
+    return found | {"attn_implementation": settings.attn_implementation}
+
+
+def autocast(settings):
+    """Both sides under the precision that the row is stored with."""
+    return torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16)
 
 
 class Rows:
@@ -64,7 +70,7 @@ def b_by_b(settings):
         rows = workload.shaped_rows(8, prompt_tokens, response_tokens, model_shape["vocab_size"])
         cells = [(rows[i], rows[j]) for i, j in tables.cells_of(8, "all")]
         scorer = tables.ref_scorer(causal_lm, tokenizer, 8)
-        with torch.no_grad():
+        with torch.no_grad(), autocast(settings):
             scorer(cells)  # its first call checks the fast form against the plain one
         x, y = [e.prompt_ids.tolist() for e in rows], [e.response_ids.tolist() for e in rows]
 
@@ -72,9 +78,10 @@ def b_by_b(settings):
         def ours():
             return scorer(cells)
 
-        times = alternate(settings.rounds, ours=ours, naive=lambda: naive.ref_logps_table(causal_lm, x, y))
-        apart = (torch.tensor(ours()).view(8, 8) - naive.ref_logps_table(causal_lm, x, y)).abs().max().item()
-        one_by_one = seconds(lambda: naive.ref_logps_table(causal_lm, x, y, batched=False))
+        with autocast(settings):
+            times = alternate(settings.rounds, ours=ours, naive=lambda: naive.ref_logps_table(causal_lm, x, y))
+            apart = (torch.tensor(ours()).view(8, 8) - naive.ref_logps_table(causal_lm, x, y)).abs().max().item()
+            one_by_one = seconds(lambda: naive.ref_logps_table(causal_lm, x, y, batched=False))
         note = f"largest difference {apart:.0e} nats; one forward a pair took {one_by_one:.2f} s"
         lines.append(compared(f"B x B table, prompt/response {prompt_tokens}/{response_tokens}", times, "ours", "naive", f">= {target}", faster=True, note=note))
     return lines
@@ -95,7 +102,8 @@ def reward_scoring(settings):
     def plainly():
         both["plain"] = naive.scores_in_file_order(plain, found.tokenizer, texts, 32)
 
-    times = alternate(settings.rounds, ours=ours, plain=plainly)
+    with autocast(settings):
+        times = alternate(settings.rounds, ours=ours, plain=plainly)
     apart = max(abs(a - b) for a, b in zip(both["ours"], both["plain"]))
     note = f"{found.what}; largest difference {apart:.0e}; batches of 32"
     return [compared(f"reward scores of {len(found.pairs) // 2:,} pairs", times, "ours", "plain", ">= 2", faster=True, note=note)]
@@ -244,7 +252,7 @@ def plan(settings):
         one = dims(hidden, layers, heads, heads // 2, 11 * hidden // 4, 32000, tied=True, bias=True)
         B, T = (2, 64) if settings.quick else (8, 512)
         measured = in_fresh_process({"job": "memory", "side": "ours", "shape": one, "B": B, "T": T, "device": settings.device, "bf16": settings.bf16, "whole": True})["peak"]
-        parts = training_memory(one, 1, B, T, checkpointing=False, autocast=settings.bf16)
+        parts = training_memory(one, 1, B, T, checkpointing=False, autocast=settings.bf16, kind="gpu" if settings.device == "cuda" else "cpu")
         note = f"formula {sum(parts.values()) / GB:.2f} GB, measured {measured / GB:.2f} GB"
         what = f"memory formula / measured, hidden {hidden}, {layers} layers, B = {B}, {T} tokens"
         lines.append({"what": what, "target": None, "value": sum(parts.values()) / measured, "note": note})
@@ -253,6 +261,9 @@ def plan(settings):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Utilisation and growth
+
+
+PEAK_BF16 = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # dense matrix products a second, as the maker states them
 
 
 def matrix_rate(device, dtype=torch.float32, size=2048):
@@ -269,13 +280,19 @@ def utilisation(settings):
     if settings.device == "cuda":
         names = {name: PAPER_MODELS[name] for name in ("Qwen2.5-0.5B", "Qwen2.5-1.5B")}
     for name, model_shape in names.items():
-        if settings.quick:
-            model_shape = dims(64, 2, 4, 2, 128, 4096, True)
+        model_shape = model_shape if not settings.quick else dims(64, 2, 4, 2, 128, 4096, True)
+        model_shape = model_shape | {"attn_implementation": settings.attn_implementation}
         cuda = settings.device == "cuda"
         examples = workload.shaped_rows(8, 512, 512, 4096) if cuda else found.chosen[:8]
         one = training("var", workload.policy(workload.config_of(model_shape)), examples, 8, found.tokenizer, settings)
         flops, what = useful_flops(model_shape, one.rows(0)), "8 rows of 512 + 512 tokens" if cuda else f"8 {found.what}"
-        product_flops = {}
+        product_flops, more = {}, ""
+        if cuda:
+            torch.cuda.empty_cache()
+            one.step(0)
+            torch.cuda.reset_peak_memory_stats()
+            one.step(0)
+            more = f"; peak {torch.cuda.max_memory_allocated() / GB:.1f} GB"
         contenders = {"step": lambda: one.step(0) and None}
         for dtype in (torch.float32, torch.bfloat16):
             contenders[str(dtype)], product_flops[str(dtype)] = matrix_rate(settings.device, dtype)
@@ -283,13 +300,17 @@ def utilisation(settings):
         for dtype, needed in product_flops.items():
             step, matrices = [flops / s for s in times["step"]], [needed / s for s in times[dtype]]
             shares = [100 * a / b for a, b in zip(step, matrices)]
-            aimed = ">= 45" if dtype == "torch.float32" and not cuda else ">= 50" if dtype == "torch.bfloat16" and cuda else None
+            aimed = ">= 45" if dtype == "torch.float32" and not cuda else None
             tokens = sum(map(sum, one.rows(0)))
             note = f"{what}; {statistics.median(step) / 1e9:,.0f} of {statistics.median(matrices) / 1e9:,.0f} GFLOP/s; {tokens / statistics.median(times['step']):,.0f} tokens/s"
-            if cuda:
-                note += f"; peak {torch.cuda.max_memory_allocated() / GB:.1f} GB"
+            note += more
             lines.append({"what": f"useful FLOPs of a step, {name}, of the {dtype[6:]} rate", "target": aimed, "value": statistics.median(shares), "unit": " %",
                           "low": min(shares), "high": max(shares), "rounds": len(shares), "ours": statistics.median(times["step"]), "note": note})  # fmt: skip
+        peak = next((peak for part, peak in PEAK_BF16.items() if cuda and part in torch.cuda.get_device_name()), None)
+        if peak:  # model-FLOPs utilisation as it is usually quoted
+            shares = [100 * flops / s / peak for s in times["step"]]
+            lines.append({"what": f"model-FLOPs utilisation, {name}, of {peak / 1e12:.0f} TFLOP/s", "target": ">= 50", "value": statistics.median(shares), "unit": " %",
+                          "low": min(shares), "high": max(shares), "rounds": len(shares), "ours": statistics.median(times["step"]), "note": what})  # fmt: skip
     return lines
 
 

@@ -114,7 +114,7 @@ class Training:
         self.accelerator = product.make_accelerator()
         inner = product.bind_sequence_logps(causal_lm).train()
         if compiled:
-            inner.base_model.compile(dynamic=True)
+            inner.base_model.compile()
         self.model, self.optimizer = self.accelerator.prepare(inner, product.adamw(inner, self.args.lr, 0.0))
 
     def step(self, m):
