@@ -343,10 +343,11 @@ def load_examples(
 
 def hold_out(examples, fraction, seed):
     """Split by prompt: (training examples, held-out examples); no prompt is on both sides. A pure function of its arguments."""
-    prompts = sorted({e.prompt_key for e in examples})
+    keys = [e.prompt_key for e in examples]
+    prompts = sorted(set(keys))
     random.Random(f"hold out {seed}").shuffle(prompts)
     held = set(prompts[: math.ceil(fraction * len(prompts))])
-    return [e for e in examples if e.prompt_key not in held], [e for e in examples if e.prompt_key in held]
+    return [e for e, key in zip(examples, keys) if key not in held], [e for e, key in zip(examples, keys) if key in held]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -31,14 +31,17 @@ import torch
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from safetensors import SafetensorError
-from torch.distributed.fsdp import FSDPModule
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from data import check_model_name, end_of_turn_id, pad_id
 from formats import InputError
 
-WORTH_A_CALL = (64, 2048)  # padding tokens that cost more than another call of the layers: on a CPU, on a GPU
-LOGITS_CHUNK = 2**24  # logits alive at once: 64 MB in float32, whatever B, T and V are
+WORTH_A_CALL = {"cpu": 64, "gpu": 2048}  # padding tokens that cost more than another call of the layers
+LOGITS_CHUNK = {"cpu": 2**24, "gpu": 2**27}  # logits alive at once: 64 or 512 MB in float32, whatever B, T and V are
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Load
@@ -99,6 +102,9 @@ def _load(auto_class, name, dtype, attn_implementation, trust_remote_code, new_h
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     model, info = _from_pretrained(auto_class, name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **more)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # of bitsandbytes: in eval mode on such a CPU it packs 4-bit weights anew, after which
+            module.support_avx512bf16_for_cpu = False  # no gradient passes through them, without a word; and narrow layers fail
     missing = sorted(key for key in info["missing_keys"] if not new_head or key.startswith(model.base_model_prefix + "."))
     if missing:  # transformers fills them with random numbers and only warns
         raise InputError(
@@ -214,14 +220,25 @@ def make_accelerator(tracker=None, folder=None, model=None):
     try:
         accelerator = Accelerator(kwargs_handlers=[patience], log_with=tracker, project_dir=folder, **more)
     except ValueError as error:
-        raise InputError(f"--tracker {tracker}: {error}") from None
+        raise InputError(f"{f'--tracker {tracker}' if tracker else 'the launch settings'}: {error}") from None
     if accelerator.num_processes != processes:
         raise InputError(f"{processes} processes were launched, accelerate sees {accelerator.num_processes}: they would write over each other")
     if tracker and not accelerator.log_with:
         raise InputError(
             f"--tracker {tracker}: not installed; pip install {tracker}, or leave the flag out (metrics.jsonl is always written)"
         )
+    if accelerator.device.type == "cuda" and accelerator.mixed_precision == "no" and torch.cuda.is_bf16_supported() and accelerator.is_main_process:
+        print("note: the launcher asked for float32, several times slower here; --mixed_precision bf16, or a file of configs/, changes that")
+    shard_in_float32(getattr(accelerator.state, "fsdp_plugin", None))
     return accelerator
+
+
+def shard_in_float32(plugin):
+    """Under FSDP2, compute in 16 bits but reduce gradients and return log-probs in float32. accelerate would do both in 16 bits: a token's
+    log-prob of -10 is then off by up to 1/32, and DPO's log-ratios are not 0 at step 0."""
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if policy is not None and plugin.fsdp_version == 2:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=policy.param_dtype, reduce_dtype=torch.float32)
 
 
 def release(*models):
@@ -338,11 +355,15 @@ def rows_of_similar_length(causal_lm, attention_mask):
     groups, padding = [], 0
     for row in sorted(range(B), key=lambda i: -lengths[i]):
         padding += (lengths[groups[-1][0]] - lengths[row]) if groups else 0
-        if not groups or padding > WORTH_A_CALL[device.type == "cuda"]:
+        if not groups or padding > WORTH_A_CALL[cpu_or_gpu(device)]:
             groups.append([])
             padding = 0
         groups[-1].append(row)
     return [torch.tensor(rows, device=device) for rows in groups]
+
+
+def cpu_or_gpu(device):
+    return "cpu" if device.type == "cpu" else "gpu"
 
 
 def without_adapter_wrapper(model):
@@ -367,15 +388,69 @@ def logps_from_hidden(causal_lm, hidden, targets):
     def chunk_logps(hidden, targets):
         logits = head(hidden)  # (n, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 log-probs would be off by tenths of a nat after the sum
-        logits = _after_head(logits, config)
-        return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)  # (n,)
+        return -cross_entropy(_after_head(logits, config), targets, reduction="none")  # (n,); minus: its word is the loss
 
-    size = max(1, LOGITS_CHUNK // config.vocab_size)
-    pieces = []
-    for h, t in zip(hidden.split(size), targets.split(size)):
-        again = torch.is_grad_enabled() and len(hidden) > size  # a single chunk may stay: backward holds one in any case
-        pieces.append(checkpoint(chunk_logps, h, t, use_reentrant=False, preserve_rng_state=False) if again else chunk_logps(h, t))
-    return torch.cat(pieces)
+    size = max(1, LOGITS_CHUNK[cpu_or_gpu(hidden.device)] // config.vocab_size)
+    chunks = list(zip(hidden.split(size), targets.split(size)))
+    if len(chunks) == 1:  # its logits may stay: backward holds one chunk in any case
+        return chunk_logps(hidden, targets)
+    if type(head) is torch.nn.Linear and head.bias is None and _after_head(hidden, config) is hidden:  # nothing but a matrix
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        return ChunkedHead.apply(hidden.to(dtype), head.weight.to(dtype), targets, size)
+    return torch.cat([checkpoint(chunk_logps, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks])
+
+
+class ChunkedHead(torch.autograd.Function):
+    """log_softmax(hidden W^T)[target], (N, D), (V, D), (N,) -> (N,) float32, its backward by hand: with g = dL/dlogp,
+
+        dL/dlogits = g (onehot(target) - softmax(logits))          (n, V), one chunk at a time, in place
+
+    and dL/dW added up in one (V, D) matrix, where autograd would hold two, the sum and the chunk's. All chunks use the same memory: on a
+    CPU, asking for it anew costs a third of the time. The plain form is the line with `checkpoint` above; the tests compare the two.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, size):
+        logps, normalizers = [], []  # (n,) each; the normalizer is logsumexp(logits)
+        buffer = ChunkedHead.buffer(hidden, weight, size)
+        log_probs = torch.empty_like(buffer, dtype=torch.promote_types(buffer.dtype, torch.float32))
+        for h, t in zip(hidden.split(size), targets.split(size)):
+            logits = ChunkedHead.logits(h, weight, buffer)
+            chunk = torch.log_softmax(logits, dim=1, out=log_probs[: len(h)])
+            logps.append(chunk.gather(1, t[:, None]).squeeze(1))
+            normalizers.append(logits.gather(1, t[:, None]).squeeze(1) - logps[-1])
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalizers))
+        ctx.size = size
+        return torch.cat(logps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, targets, normalizers = ctx.saved_tensors
+        buffer, grad_hidden = ChunkedHead.buffer(hidden, weight, ctx.size), torch.empty_like(hidden)
+        # float32, also where the head is bfloat16: a sum of many chunks
+        grad_weight = torch.zeros_like(weight, dtype=normalizers.dtype) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), ctx.size):
+            rows = slice(start, start + ctx.size)
+            probs = ChunkedHead.logits(hidden[rows], weight, buffer).sub_(normalizers[rows, None]).exp_()
+            grad_logits = probs.mul_(-grad[rows, None]).scatter_add_(1, targets[rows, None], grad[rows, None]).to(hidden.dtype)
+            grad_hidden[rows] = grad_logits @ weight
+            if grad_weight is not None and grad_weight.dtype == hidden.dtype:
+                grad_weight.addmm_(grad_logits.T, hidden[rows])
+            elif grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[rows]
+        return grad_hidden, grad_weight, None, None
+
+    @staticmethod
+    def buffer(hidden, weight, size):
+        return hidden.new_empty(min(size, len(hidden)), len(weight))
+
+    @staticmethod
+    def logits(hidden, weight, buffer):
+        """(n, D), (V, D) -> (n, V), at least float32; in `buffer` unless that is of a smaller type."""
+        logits = torch.mm(hidden, weight.T, out=buffer[: len(hidden)])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _after_head(logits, config):
@@ -418,6 +493,12 @@ def adamw(model, lr, weight_decay):
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=all(p.device.type in ("cuda", "cpu") for p in parameters))
+
+
+def without_exchange(accelerator, model, last):
+    """A context for all but the last backward of a step: DDP then exchanges gradients once. FSDP exchanges every time, because each GPU
+    would otherwise hold the gradients of the whole model between them."""
+    return contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else accelerator.no_sync(model)
 
 
 def check_master_weights(optimizer, dtype):

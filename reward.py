@@ -218,8 +218,12 @@ def train(args):
     if accelerator.is_main_process:
         save_model(unwrapped, tokenizer, args.output_dir, state)
         print(f"reward model of {len(pairs):,} pairs written to {args.output_dir}")
-        if eval_examples:
-            result = pair_accuracy(bind_scores(unwrapped).eval(), tokenizer, eval_examples, 2 * B, args.max_reward_tokens)
+    del unwrapped
+    model, optimizer = accelerator.free_memory(model, optimizer)
+    if accelerator.is_main_process:
+        if eval_examples:  # as it was written: one process alone cannot run a model that FSDP shares out
+            saved = load_reward_model(args.output_dir, "auto", args.attn_implementation, args.trust_remote_code).to(accelerator.device)
+            result = pair_accuracy(bind_scores(saved), tokenizer, eval_examples, 2 * B, args.max_reward_tokens)
             write_json(f"{args.output_dir}/accuracy.json", result)
             print(f"held-out pairs: {show(result)}")
     accelerator.wait_for_everyone()

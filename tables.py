@@ -158,7 +158,8 @@ def ref_logps_of(model, tokenizer, prompt_ids, responses, by_prefix=True):
     logps = logps_from_hidden(
         causal_lm, hidden[rows, columns], targets["input_ids"][rows, columns].to(hidden.device)
     )  # column t predicts token t
-    return torch.zeros(len(responses), device=hidden.device).index_add(0, rows.to(hidden.device), logps).tolist()
+    # float64: a long response's sum is thousands of nats, where float32 loses 1e-3 in adding up
+    return torch.zeros(len(responses), dtype=torch.float64, device=hidden.device).index_add(0, rows.to(hidden.device), logps.double()).tolist()
 
 
 def rewards_of(model, tokenizer, conversations, by_prefix=True):
@@ -322,6 +323,9 @@ def build_tables(path, plan, wanted, needed, accelerator, tokenizer, reward_toke
         accelerator.wait_for_everyone()
         for part in sorted(parts.glob("*.safetensors")):
             tables.take(load_file(part))
+        for name, which in wanted.items():
+            if which and (lost := [m for m in sorted(needed) if tables.lacks(name, m, which)]):
+                raise InputError(f"{parts}: pieces with {name} of {len(lost):,} micro-batches are not to be seen from here; all nodes must write to one shared folder. The pieces are kept")
         accelerator.wait_for_everyone()
         if main:
             temporary = path.with_name(path.name + ".tmp")
@@ -352,8 +356,9 @@ def measure(name, which, todo, parts, plan, accelerator, tokenizer, reward_token
     else:
         model = load_reward_model(args.reward_model, args.reward_dtype, args.attn_implementation, args.trust_remote_code, args.load_in_4bit)
         scorer = reward_scorer(model, reward_tokenizer, args.batch_size, args.max_reward_tokens)
-    model.to(accelerator.device)
-    pieces = [todo[i : i + PIECE] for i in range(0, len(todo), PIECE)]
+    model.to(accelerator.device).requires_grad_(False)  # autocast keeps 16-bit copies of weights that could be trained
+    size = min(PIECE, math.ceil(len(todo) / accelerator.num_processes))  # few micro-batches: smaller pieces, so that all have work
+    pieces = [todo[i : i + size] for i in range(0, len(todo), size)]
     mine = pieces[accelerator.process_index :: accelerator.num_processes]
     parts.mkdir(parents=True, exist_ok=True)
 

@@ -3,7 +3,7 @@ VAR training (paper Algorithm 1): weights from tables measured once, then a loop
 
     python train.py                                                # no flags: the miniature world of paper/miniature.py, minutes on a laptop
     python train.py --model DIR --reward_model DIR --data FILE --output_dir runs/var
-    accelerate launch --num_processes 8 train.py ...               # the same program on several devices
+    accelerate launch --config_file configs/fsdp2.yaml train.py ...    # the same program on several devices
 
     1. data.py    rows -> examples -> micro-batches of B, composed once
     2. tables.py  r(x_i, y_j) and log pi_ref(y_j|x_i) of every micro-batch (lines 3-5); both models are gone before training starts
@@ -119,7 +119,6 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()  # before torch is loaded: --help and typing errors answer at once
 
-import contextlib
 import math
 import re
 import shutil
@@ -128,6 +127,7 @@ from pathlib import Path
 
 import accelerate
 import torch
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from eval.files import read_jsonl, versions, write_json, write_jsonl
@@ -147,6 +147,7 @@ from model import (
     merge_adapter,
     save_model,
     sequence_logps,
+    without_exchange,
 )
 from reward import bind_scores, score
 from tables import build_tables, eval_path, plan_fingerprint, summary, weights_at_a_glance
@@ -208,7 +209,7 @@ class RunFiles:
 
     def begin(self):
         """Load the last checkpoint, if there is one, and open the files -> the step to begin with."""
-        first_step = max(list_checkpoints(self.out), default=0)
+        first_step = broadcast_object_list([max(list_checkpoints(self.out), default=0)])[0]  # one process's answer: disks of nodes can lag
         if first_step:
             self.accelerator.load_state(self.out / "checkpoints" / f"step_{first_step}")
         self.accelerator.wait_for_everyone()
@@ -276,8 +277,8 @@ def forward(model, loss, plan, tables, m, args, tokenizer, accelerator):
     with torch.no_grad():  # before the forward with gradient: nothing may come between that and its backward (DDP, FSDP)
         mismatched_logps = logps_of(mismatched(examples)) if loss.mismatched else None
     policy_logps = logps_of(examples)  # (K,)  Algorithm 1 line 2
-    sums = "sum" if args.loss != "var" else args.ref_logps
-    rewards, ref_logps = (t.to(accelerator.device) for t in tables.micro_batch(m, sums)) if tables else (None, None)  # (K, K), lines 3-4
+    ref_logps_as = args.ref_logps if args.loss == "var" else "sum"
+    rewards, ref_logps = (t.to(accelerator.device) for t in tables.micro_batch(m, ref_logps_as)) if tables else (None, None)  # (K, K), lines 3-4
     mean = lambda t: accelerator.reduce(t, "mean")
     value, metrics = loss.compute(Batch(examples, policy_logps, rewards, ref_logps, mismatched_logps, mean), args)  # lines 5-8
     return value, {"loss": value.detach().expand(len(examples)), "policy_logps": policy_logps.detach()} | metrics
@@ -423,7 +424,7 @@ def main(args):
         tokens = sum(len(e.prompt_ids) + len(e.response_ids) for m in micro_batches for e in (plan.examples[i] for i in plan.batches[m]))
         mine, found = micro_batches[accelerator.process_index :: P], []
         for k, m in enumerate(mine):
-            with contextlib.nullcontext() if k == len(mine) - 1 else accelerator.no_sync(model):  # gradients are exchanged once a step
+            with without_exchange(accelerator, model, last=k == len(mine) - 1):
                 value, metrics = forward(model, loss, plan, tables, m, args, tokenizer, accelerator)
                 # `value` is a mean over the micro-batch's rows; the step is the mean over all rows of all processes, whose gradients DDP averages
                 share = len(plan.batches[m]) * P / rows_of_step

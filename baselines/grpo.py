@@ -92,7 +92,6 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()  # before torch is loaded: --help and typing errors answer at once
 
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -108,7 +107,7 @@ from data import Example, plan_micro_batches
 from eval.files import write_jsonl
 from eval.generate import generate_rows, read_prompts
 from eval.sampling import generate_responses
-from model import adamw, adapter_base, check_reward_model, fingerprint, keep_only_adapter_in_state_dict, load_policy, load_reward_model, lr_at, make_accelerator, save_model, token_logps  # fmt: skip
+from model import adamw, adapter_base, check_reward_model, fingerprint, keep_only_adapter_in_state_dict, load_policy, load_reward_model, lr_at, make_accelerator, save_model, token_logps, without_exchange  # fmt: skip
 from reward import bind_scores, score
 from train import RunFiles
 
@@ -264,7 +263,7 @@ def main(args):
         for step in range(first, min(first + args.inner_steps, total_steps)):
             loss_sum, clipped, kl = 0.0, 0.0, 0.0
             for k, (part, t, mask, old, ref) in enumerate(zip(parts, tensors, masks, old_logps, ref_logps)):
-                with contextlib.nullcontext() if k == len(parts) - 1 else accelerator.no_sync(model):
+                with without_exchange(accelerator, model, last=k == len(parts) - 1):
                     logps = token_logps(model, **t)  # (n, T)
                     old = logps.detach() if old is None else old  # one inner step: pi_old is pi_theta
                     loss = grpo_loss(logps, old, advantages[part], mask, args.clip, ref, args.kl_coef)

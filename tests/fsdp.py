@@ -5,6 +5,8 @@ import os
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
+import model
+
 
 def use_fsdp2(*modules, cpu_ram_efficient_loading=False, mixed_precision=None):
     """A `before` for tiny.run_program: the modules' make_accelerator then gives an Accelerator that shards with FSDP2 over gloo.
@@ -27,6 +29,7 @@ def use_fsdp2(*modules, cpu_ram_efficient_loading=False, mixed_precision=None):
                     fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT", cpu_ram_efficient_loading=cpu_ram_efficient_loading
                 )
                 plugin.set_mixed_precision(mixed_precision) if mixed_precision not in (None, "no") else None
+                model.shard_in_float32(plugin)
                 for state in (PartialState._shared_state, AcceleratorState._shared_state):
                     state["distributed_type"] = DistributedType.FSDP
                 AcceleratorState._shared_state["fsdp_plugin"] = plugin

@@ -21,7 +21,7 @@ from data import PLAIN_TEMPLATE
 from eval.sampling import SampleByRow, generate_responses
 from formats import InputError
 from model import (
-    LOGITS_CHUNK, adamw, bind_sequence_logps, fingerprint, load_policy, load_reward_model, lr_at, save_model, sequence_logps,
+    LOGITS_CHUNK, ChunkedHead, adamw, bind_sequence_logps, fingerprint, load_policy, load_reward_model, lr_at, save_model, sequence_logps,
 )  # fmt: skip
 from var import var_loss
 
@@ -178,8 +178,8 @@ def test_gradients_are_those_of_the_plain_form(architecture, tied, checkpointing
     assert min(g.abs().max() for name, g in expected.items() if "norm" not in name) > 0
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # the name that transformers 5.17 knows too
-    for chunk, side in ((LOGITS_CHUNK, "right"), (5 * V, "left"), (1, "right")):
-        monkeypatch.setattr(model_file, "LOGITS_CHUNK", chunk)
+    for chunk, side in ((LOGITS_CHUNK["cpu"], "right"), (5 * V, "left"), (1, "right")):
+        monkeypatch.setattr(model_file, "LOGITS_CHUNK", {"cpu": chunk})
         logps = sequence_logps(model, *batch_of(pairs, side))
         assert logps.dtype == torch.float64 and torch.allclose(logps, plain_logps(model, pairs), rtol=0, atol=1e-10)
         assert largest_difference(gradients(model, (factors * logps).sum()), expected) < 1e-10, (chunk, side)
@@ -188,8 +188,9 @@ def test_gradients_are_those_of_the_plain_form(architecture, tied, checkpointing
 def test_the_head_sees_response_positions_only_and_never_more_than_a_chunk(monkeypatch):
     """Memory does not grow with B*T*V: 12 response tokens of 28 go through the head, at most LOGITS_CHUNK // V at once, and once more in backward."""
     model, pairs, rows = policy(), conversations(), []
-    monkeypatch.setattr(model_file, "LOGITS_CHUNK", 5 * V + 3)
-    model.get_output_embeddings().register_forward_hook(lambda head, args, logits: rows.append(logits.numel() // V))
+    monkeypatch.setattr(model_file, "LOGITS_CHUNK", {"cpu": 5 * V + 3})
+    plain = ChunkedHead.logits
+    monkeypatch.setattr(ChunkedHead, "logits", staticmethod(lambda hidden, *rest: rows.append(len(hidden)) or plain(hidden, *rest)))
     loss = sequence_logps(model, *batch_of(pairs)).sum()
     assert rows == [5, 5, 2]
     loss.backward()
@@ -203,7 +204,7 @@ def test_the_head_sees_response_positions_only_and_never_more_than_a_chunk(monke
 def test_no_logits_are_kept_for_backward(monkeypatch):
     """What autograd saves between forward and backward holds no tensor of vocabulary size except the head's own weight."""
     model, pairs, saved = policy(), conversations(lengths=((2, 60), (2, 60))), []
-    monkeypatch.setattr(model_file, "LOGITS_CHUNK", 10 * V)
+    monkeypatch.setattr(model_file, "LOGITS_CHUNK", {"cpu": 10 * V})
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         sequence_logps(model, *batch_of(pairs))
     assert saved and [s for s in saved if s and s[-1] == V] == []
@@ -732,9 +733,9 @@ def test_rows_run_in_groups_of_similar_length_score_as_the_padded_batch_does(arc
     response[:, :2] = 0
     groups = model_file.rows_of_similar_length(model, mask)
     assert sorted(torch.cat(groups).tolist()) == list(range(8)) and 1 < len(groups) < 8
-    assert all(max(lengths[i] for i in g) - min(lengths[i] for i in g) <= model_file.WORTH_A_CALL[0] for g in groups)
+    assert all(max(lengths[i] for i in g) - min(lengths[i] for i in g) <= model_file.WORTH_A_CALL["cpu"] for g in groups)
     gradients = []
-    for limit in (model_file.WORTH_A_CALL, (10**9, 10**9)):
+    for limit in (model_file.WORTH_A_CALL, {"cpu": 10**9}):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model_file, "WORTH_A_CALL", limit)
             model.zero_grad()

@@ -68,12 +68,24 @@ def final_weights(out):
 # Two processes walk where one does
 
 
+def in_small_chunks(before=None):
+    """A `before` under which the head works in many chunks, as it does at every real vocabulary."""
+
+    def small_chunks():
+        if before:
+            before()
+        model_file.LOGITS_CHUNK = {"cpu": 4000}
+
+    return small_chunks
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_two_processes_of_ddp_and_fsdp2_follow_the_curve_of_one(world, tmp_path, name):
-    """The same global list of micro-batches: losses, gradient norms and learning rates to 1e-4; the folders hold the same tensors under the same names."""
-    model = world.policies[name]
-    for run, before, processes in (("one", None, 1), ("ddp", None, 2), ("fsdp2", use_fsdp2(train, cpu_ram_efficient_loading=True), 2)):
-        start(words(world, tmp_path / run, model=model, eval_fraction=0.2, eval_prompts=0), tmp_path, before, processes)
+    """The same global list of micro-batches, two a process and step: losses, gradient norms and learning rates to 1e-4, the head in one chunk
+    there and in several here; the folders hold the same tensors under the same names."""
+    model, sharded = world.policies[name], use_fsdp2(train, cpu_ram_efficient_loading=True)
+    for run, before, processes in (("one", None, 1), ("ddp", in_small_chunks(), 2), ("fsdp2", in_small_chunks(sharded), 2)):
+        start(words(world, tmp_path / run, model=model, eval_fraction=0.2, eval_prompts=0, accum=4), tmp_path, before, processes)
     one, evals = metrics_of(tmp_path / "one")
     assert len({step["loss"] for step in one}) == 4
     for run in ("ddp", "fsdp2"):
@@ -111,6 +123,36 @@ def test_fsdp2_shards_the_layers_the_model_names_and_keeps_float32_master_weight
         assert f"UNITS ['{layer}', '{layer}'] {{'torch.float32'}}" in printed
 
 
+def test_fsdp2_in_bf16_returns_float32_log_probs_and_reduces_gradients_in_float32(world, tmp_path):
+    """accelerate's own policy rounds what the root module returns, and the gradients it averages, to bfloat16."""
+
+    def look():
+        use_fsdp2(train, mixed_precision="bf16")()
+        original = train.sequence_logps
+
+        def sequence_logps(model, **batch):
+            logps = original(model, **batch)
+            policy = model._get_fsdp_state()._mp_policy
+            print("LOGPS", logps.dtype, bool((logps == logps.bfloat16()).all()), policy.param_dtype, policy.reduce_dtype, policy.output_dtype)
+            return logps
+
+        train.sequence_logps = sequence_logps
+
+    printed = start(words(world, tmp_path / "run", loss="sft", max_steps=1, normalize_weights=""), tmp_path, look, 2)
+    assert "LOGPS torch.float32 False torch.bfloat16 torch.float32 None" in printed
+
+
+def test_fsdp2_in_4_bits_follows_one_process_in_4_bits(world, tmp_path):
+    """The same quantised base and adapter, sharded or whole: losses to the rounding of bfloat16."""
+    more = "--lora_rank 2 --load_in_4bit"
+    for run, before, processes in (("one", None, 1), ("two", use_fsdp2(train, mixed_precision="bf16"), 2)):
+        start(words(world, tmp_path / run, more, loss="sft", lr=1e-2), tmp_path, before, processes)
+    (one, _), (two, _) = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
+    assert one[0]["loss"] - one[-1]["loss"] > 0.05  # it learns: more than the tolerance below
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=0.03)
+
+
 def test_master_weights_of_another_type_are_refused():
     """accelerate 1.13's upcast under FSDP2 did nothing, in silence."""
     weights = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
@@ -123,7 +165,8 @@ def test_master_weights_of_another_type_are_refused():
 def test_a_kill_and_a_resume_end_in_the_same_weights(world, tmp_path, kind):
     """Killed in the third of four steps, with a checkpoint after the second."""
     more = "--lora_rank 2 --load_in_4bit" if "4 bits" in kind else ""
-    sharded = use_fsdp2(train, mixed_precision="bf16" if "4 bits" in kind else None) if "fsdp2" in kind else None
+    four = "4 bits" in kind
+    sharded = use_fsdp2(train, cpu_ram_efficient_loading=not four, mixed_precision="bf16" if four else None) if "fsdp2" in kind else None
     processes = 2 if sharded else 1
 
     def die():
@@ -233,12 +276,29 @@ def test_weights_are_nf4_with_double_quantisation_and_the_head_stays_whole(world
         assert all(m.weight.quant_type == "nf4" and m.weight.compress_statistics for m in linear.values())
 
 
+def test_gradients_pass_through_4_bit_layers_also_after_a_look_in_eval_mode(world):
+    """They point where those of the whole model point. On CPUs with AVX-512 bfloat16, bitsandbytes packs the weights in eval mode and then passes
+    no gradient on, in silence; checking the head, evaluating and generating all use eval mode."""
+    ids, gradients = torch.arange(5, 45)[None], []
+    ones = torch.ones_like(ids)
+    for in_4bit in (False, True):
+        torch.manual_seed(0)  # the same adapter
+        model = load_policy(world.policy, load_in_4bit=in_4bit, lora_rank=2)
+        with torch.no_grad():
+            sequence_logps(model.eval(), ids, ones, ones)
+        sequence_logps(model.train(), ids, ones, ones).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.9
+    assert gradients[1].norm().item() == pytest.approx(gradients[0].norm().item(), rel=0.1)
+
+
 def test_every_program_opens_an_adapter(world, quantised, tmp_path):
     """eval.py generates from it, tables.py measures it as the reference, also in 4 bits; its fingerprint covers the base."""
     sft, out, _ = quantised
-    gen = tmp_path / "gen.jsonl"
-    start(["generate", "--model", str(out), "--data", world.data, "--out", str(gen), "--limit", "2", "--max_response_tokens", "5"], tmp_path, program=eval_package)
-    assert len(gen.read_text().splitlines()) == 2
+    for more in ([], ["--load_in_4bit"]):
+        gen = tmp_path / f"gen{len(more)}.jsonl"
+        start(["generate", "--model", str(out), "--data", world.data, "--out", str(gen), "--limit", "2", "--max_response_tokens", "5", *more], tmp_path, program=eval_package)
+        assert len(gen.read_text().splitlines()) == 2
     argv = ["--model", str(out), "--reward_model", world.judge, "--data", world.data, "--batch_size", "4", "--max_response_tokens", "16", "--out"]
     for name, more in (("whole", []), ("four", ["--load_in_4bit"])):
         start([*argv, str(tmp_path / name), *more], tmp_path, program=tables)

@@ -362,6 +362,21 @@ def test_an_interrupted_run_continues_and_ends_with_the_same_file(world, straigh
     assert [file.name for file in folder.iterdir()] == ["t.safetensors"]
 
 
+def test_pieces_that_cannot_be_seen_are_an_error_and_are_kept(world, tmp_path, monkeypatch):
+    """Two nodes that do not share a disk: each would write a table with holes and throw away what it has measured."""
+    original = tables_file.measure
+
+    def elsewhere(name, which, todo, parts, *rest):
+        original(name, which, todo, parts, *rest)
+        for part in parts.glob("ref_logps*"):
+            part.unlink()  # as if another node had written it
+
+    monkeypatch.setattr(tables_file, "measure", elsewhere)
+    with pytest.raises(InputError, match="ref_logps of .* one shared folder"):
+        build(tmp_path / "t", world)
+    assert not (tmp_path / "t").exists() and list(tmp_path.rglob("rewards*"))
+
+
 def test_pieces_of_a_smaller_need_do_not_overwrite_those_of_a_larger(world, few, tmp_path, monkeypatch):
     """An interrupted --estimator constant leaves diagonals behind, and a full run that starts over them must not lose what is off the diagonal."""
     monkeypatch.setattr(tables_file, "PIECE", 1)
