@@ -81,6 +81,9 @@ def run(main):
         sys.exit(main())
     except InputError as error:
         message = " ".join(str(error).split())
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain once more when it flushes
+        sys.exit(141)
     except KeyboardInterrupt:
         print(f"\n{os.path.basename(sys.argv[0])}: interrupted; what was written is kept", file=sys.stderr)
         sys.exit(130)

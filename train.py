@@ -67,7 +67,7 @@ def parse_args(argv=None):
     add("--merge", action="store_true", help="with an adapter: also write base and adapter as one plain folder, OUTPUT_DIR/merged")
     add = parser.add_argument_group("along the way").add_argument
     add("--eval_every", type=int, metavar="N", help="held-out loss and generations every N steps and at the end (default: five times a run, if anything is held out)")
-    add("--eval_prompts", type=int, default=32, metavar="N", help="held-out prompts answered each time, one process only; 0 = none (default: %(default)s)")
+    add("--eval_prompts", type=int, default=32, metavar="N", help="held-out prompts answered each time; 0 = none (default: %(default)s)")
     add("--save_every", type=int, default=500, metavar="N", help="steps between checkpoints for --resume; 0 = none (default: %(default)s)")
     add("--keep", type=int, default=1, metavar="N", help="how many checkpoints stay on disk (default: %(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR (or from the start if there is none)")
@@ -404,12 +404,13 @@ def main(args):
 
     def evaluate_at(step):
         numbers = evaluate(accelerator, model, loss, eval_plan, eval_tables, args, tokenizer, scale)
-        if P == 1 and args.eval_prompts:
+        if args.eval_prompts:  # all processes draw the same texts together: under FSDP no process has a model of its own
             items = {e.prompt_key: {"id": f"{n}", "subset": "held out", "prompt": e.messages} for n, e in enumerate(eval_plan.examples)}
             some, limits = list(items.values())[: args.eval_prompts], (args.max_prompt_tokens, args.max_response_tokens)
-            rows = generate_rows(model, tokenizer, some, [args.seed], *limits, progress=False)
-            (out / "eval").mkdir(exist_ok=True)
-            write_jsonl(out / "eval" / f"step_{step}.jsonl", rows)
+            rows = list(generate_rows(accelerator.unwrap_model(model), tokenizer, some, [args.seed], *limits, progress=False))
+            if main_process:
+                (out / "eval").mkdir(exist_ok=True)
+                write_jsonl(out / "eval" / f"step_{step}.jsonl", rows)
         return numbers
 
     # The loop

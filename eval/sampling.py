@@ -8,6 +8,7 @@ Used by eval.py generate, by training's evaluations, and by the baselines that n
 
 import torch
 import transformers
+from torch.distributed.fsdp import FSDPModule
 
 from data import pad_id
 from model import stop_ids
@@ -64,6 +65,7 @@ def generate_responses(model, tokenizer, prompts, seeds, max_new_tokens, tempera
             attention_mask=attention_mask.to(model.device),
             logits_processor=transformers.LogitsProcessorList(sampler),
             generation_config=settings,
+            synced_gpus=isinstance(model, FSDPModule),  # nobody stops before all have: each step needs every process's share of the weights
         )
     finally:
         model.generation_config = own

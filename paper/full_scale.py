@@ -2,20 +2,29 @@
 The paper's own runs as commands of this repository, and its numbers. Printed by `python paper/reproduce.py ITEM --scale full --dry_run`.
 
 What the paper gives: models, data, B = 8, two epochs, AdamW with a cosine, learning rates 1e-5 and 5e-6, three seeds, 4 and 8 x A100, 32B in 4 bits
-on 4 x 8 GPUs. What it does not: beta, warm-up, length limits, DPO's beta, GRPO's settings. There our defaults stand.
+on 4 x 8 GPUs, Sec. 4.3 on 4 x 8. What it does not: beta, warm-up, length limits, DPO's beta, GRPO's settings, which part of OffsetBias is its test split
+(the hub has one split: SPLIT cuts it). There our defaults stand.
 """
 
 LLAMA = {"Llama3.2-1B": "meta-llama/Llama-3.2-1B", "Llama3.2-3B": "meta-llama/Llama-3.2-3B", "Llama3.1-8B": "meta-llama/Llama-3.1-8B", "Llama2-13B": "meta-llama/Llama-2-13b-hf"}
 QWEN = {f"Qwen2.5-{size}": f"Qwen/Qwen2.5-{size}" for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B")}
 INSTRUCT = {"Llama3.2-1B": "meta-llama/Llama-3.2-1B-Instruct", "Llama3.2-3B": "meta-llama/Llama-3.2-3B-Instruct", "Llama3.1-8B": "meta-llama/Llama-3.1-8B-Instruct"}
-JUDGE, DATA = "NCSOFT/Llama-3-OffsetBias-RM-8B", "NCSOFT/offsetbias"
+JUDGE, DATA = "NCSOFT/Llama-3-OffsetBias-RM-8B", "offsetbias_train.jsonl"
+SPLIT = [
+    "# OffsetBias: one split on the hub, of which a twentieth is held out (the paper does not say what its test split is)",
+    """python -c "import datasets; d = datasets.load_dataset('NCSOFT/offsetbias', split='train').train_test_split(0.05, seed=0); [d[s].to_json(f'offsetbias_{s}.jsonl') for s in d]\"""",
+]
 HH = "Anthropic/hh-rlhf"
-SUBSETS = f"harmless_base={HH}:harmless-base helpful_base={HH}:helpful-base helpful_online={HH}:helpful-online helpful_rejection={HH}:helpful-rejection-sampled"
+SUBSETS = f"harmless_base={HH}:harmless-base helpful_base={HH}:helpful-base helpful_online={HH}:helpful-online helpful_rejection={HH}:helpful-rejection-sampled offsetbias=offsetbias_test.jsonl"
 RATES, SEEDS = ("1e-5", "5e-6"), (0, 1, 2)
+ULTRAFEEDBACK = "ultrafeedback_10k.jsonl"  # 10,000 prompts of openbmb/UltraFeedback; the paper does not say which
+NODES = "# training: on each of 4 nodes, with --machine_rank 0 to 3 and --main_process_ip of the first (configs/fsdp2_multinode.yaml)"
 
 
-def launch(name, program="train.py"):
-    """accelerate launch with the file and number of GPUs that this size needs: 4 up to 3B, 8 up to 14B, 32 for 32B in 4 bits."""
+def launch(name, program="train.py", data=DATA):
+    """accelerate launch with the file and number of GPUs of the paper: 4 up to 3B, 8 up to 14B, 32 for 32B in 4 bits and for UltraFeedback."""
+    if data == ULTRAFEEDBACK:
+        return f"accelerate launch --config_file configs/fsdp2_multinode.yaml --num_machines 4 --num_processes 32 {program} --accum 32"
     if "32B" in name:
         return f"accelerate launch --config_file configs/fsdp2_4bit.yaml --num_machines 4 --num_processes 32 {program} --load_in_4bit --lora_rank 16 --accum 32"
     gpus = 8 if any(size in name for size in ("7B", "8B", "13B", "14B")) else 4
@@ -26,7 +35,7 @@ def train(name, model, loss, out, rate, seed, data=DATA, more="", B=8, epochs=2)
     judge = f"--reward_model {JUDGE}" if loss in ("var", "alol") else ""
     tables = f"--tables {out.rsplit('-lr', 1)[0]}-seed{seed}.safetensors" if loss == "var" else ""
     settings = f"--data {data} --batch_size {B} --epochs {epochs} --lr {rate} --seed {seed}"
-    return " ".join(f"{launch(name)} --loss {loss} --model {model} {judge} {settings} {tables} {more} --output_dir {out}".split())
+    return " ".join(f"{launch(name, data=data)} --loss {loss} --model {model} {judge} {settings} {tables} {more} --output_dir {out}".split())
 
 
 def evaluate(folder):
@@ -36,9 +45,10 @@ def evaluate(folder):
 
 def variants(models, losses=("dpo", "var")):
     """Base, DPO, VAR, SFT+DPO, SFT+VAR of these models, every learning rate, three seeds, each generated from and scored."""
-    lines = []
+    lines = [*SPLIT]
     for name, model in models.items():
-        lines += [f"# {name}", f"accelerate launch --num_processes 8 eval.py generate --model {model} --data {SUBSETS} --split test --seeds 0,1,2 --out runs/full/{name}/base.jsonl"]
+        lines += [f"# {name}"] + ([NODES] if "32B" in name else [])
+        lines += [f"accelerate launch --num_processes 8 eval.py generate --model {model} --data {SUBSETS} --split test --seeds 0,1,2 --out runs/full/{name}/base.jsonl"]
         lines += [f"python eval.py reward --gen runs/full/{name}/base.jsonl --reward_model {JUDGE} --out runs/full/{name}/base.reward.json"]
         sft = f"runs/full/{name}/sft-lr1e-5-seed0"
         lines += [train(name, model, "sft", sft, "1e-5", 0)]
@@ -59,7 +69,7 @@ def win_rates():
                 out = f"runs/full/{name}-Instruct/{loss}-lr5e-6-seed{seed}"
                 lines += [train(name, model, loss, out, "5e-6", seed), evaluate(out)[0], judge(out)]
     folders = [f"runs/full/{name}/{variant}-lr1e-5-seed{seed}" for name in (*LLAMA, *QWEN) for variant in ("dpo", "var", "sft_dpo", "sft_var") for seed in SEEDS]
-    return ["# Table 3: already aligned models", *lines, "# Figure 1: the folders of Tables 1 and 2", *map(judge, folders)]
+    return [*SPLIT, "# Table 3: already aligned models", *lines, "# Figure 1: the folders of Tables 1 and 2", *map(judge, folders)]
 
 
 def judge(folder):
@@ -69,7 +79,7 @@ def judge(folder):
 
 
 def grpo():
-    lines = []
+    lines = [*SPLIT]
     for name, model in (("Qwen2.5-3B", QWEN["Qwen2.5-3B"]), ("Llama3.2-3B", "runs/full/Llama3.2-3B/sft-lr1e-5-seed0")):
         out = f"runs/full/{name}/grpo"
         lines += [f"# {name}", f"accelerate launch --num_processes 8 baselines/grpo.py --model {model} --reward_model {JUDGE} --data {DATA} --prompts 64 --samples 8 --epochs 1 --output_dir {out}", *evaluate(out)]
@@ -79,7 +89,6 @@ def grpo():
     return lines
 
 
-ULTRAFEEDBACK = "ultrafeedback_10k.jsonl"  # 10,000 prompts of openbmb/UltraFeedback; the paper does not say which
 TASKS = (("gsm8k", 4, ""), ("mmlu", 0, ""), ("bbh_cot_fewshot", 3, ""), ("humaneval_instruct", 0, "--confirm_run_unsafe_code"))
 
 
@@ -90,7 +99,7 @@ def benchmark(folder):
 
 def benchmarks():
     """Table 5: the best-scored response of a prompt for VAR and A-LoL, best against worst for DPO (Sec. 4.3)."""
-    lines = [f"# {ULTRAFEEDBACK}: 10,000 rows of openbmb/UltraFeedback, as they are"]
+    lines = [f"# {ULTRAFEEDBACK}: 10,000 rows of openbmb/UltraFeedback, as they are", NODES]
     for name, model in (("Llama2-7B", "meta-llama/Llama-2-7b-hf"), ("Qwen2.5-7B", QWEN["Qwen2.5-7B"])):
         lines += [f"# {name}", *benchmark(model)]
         for loss in ("dpo", "alol", "var"):
@@ -102,14 +111,14 @@ def benchmarks():
 def commands(item):
     """Command lines, with `#` lines between them, of one item of paper/items.py."""
     if item == "table6":
-        lines, name = [], "Qwen2.5-7B"
+        lines, name = [NODES], "Qwen2.5-7B"
         for B in (2, 4, 8):
             out = f"runs/full/{name}/ultrafeedback-var-B{B}"
             lines += [train(name, QWEN[name], "var", out, "5e-6", 0, data=ULTRAFEEDBACK, more="--responses best", B=B), *benchmark(out)]
         return lines
     if item == "figure2":
         names = ("Llama3.2-1B", "Llama3.2-3B", "Llama3.1-8B")
-        return [train(name, LLAMA[name], loss, f"runs/full/figure2/{name}-{loss}", "1e-5", 0, more=f"--eval_fraction 0.02 --eval_every 50 --reward_model {JUDGE}" if loss == "dpo" else "--eval_fraction 0.02 --eval_every 50") for name in names for loss in ("dpo", "var")]
+        return SPLIT + [train(name, LLAMA[name], loss, f"runs/full/figure2/{name}-{loss}", "1e-5", 0, more=f"--eval_fraction 0.02 --eval_every 50 --reward_model {JUDGE}" if loss == "dpo" else "--eval_fraction 0.02 --eval_every 50") for name in names for loss in ("dpo", "var")]
     found = {"table1": lambda: variants(LLAMA), "table2": lambda: variants(QWEN), "table3": win_rates, "table4": grpo, "table5": benchmarks}
     found |= {"table7": lambda: ["# the generations of Table 1's Llama3.1-8B folders: runs/full/Llama3.1-8B/*/gen.jsonl", *variants({"Llama3.1-8B": LLAMA["Llama3.1-8B"]})]}
     found |= {"figure3": lambda: ["# response_tokens of the same folders, drawn by", "python eval.py report --run runs/full/Llama3.1-8B/var-lr1e-5-seed0 --run runs/full/Llama3.1-8B/dpo-lr1e-5-seed0 --out report.html"]}

@@ -2,12 +2,13 @@
 
 import gzip
 import json
+import subprocess
 import sys
 import zlib
 from types import SimpleNamespace
 
 import pytest
-from tiny import SHARED_DATA, write
+from tiny import ROOT, SHARED_DATA, write
 
 import formats
 from formats import InputError, Report, Unusable, choose_responses, parse_hh, read_records, read_rows, to_record
@@ -290,6 +291,14 @@ def test_user_errors_end_a_program_with_status_2_and_one_line_and_bugs_do_not(ca
     assert status == 130 and "interrupted" in lines[-1]
     with pytest.raises(ZeroDivisionError):
         formats.run(lambda: 1 / 0)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """`python program.py | head -1`: no traceback, the status a shell gives for a broken pipe."""
+    program = subprocess.Popen([sys.executable, "-c", "import formats; formats.run(lambda: print('x\\n' * 100000))"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program.stdout.readline()
+    program.stdout.close()
+    assert (program.stderr.read(), program.wait()) == (b"", 141)
 
 
 def test_strict_stops_at_the_first_unusable_row(tmp_path):

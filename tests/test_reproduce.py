@@ -35,6 +35,9 @@ def test_every_full_size_command_parses_with_this_repositorys_programs(item):
         if line.startswith("lm_eval"):
             assert re.search(r"--tasks (\w+) ", line)[1] in (ROOT / "PAPER.md").read_text()
             continue
+        if line.startswith("python -c"):
+            compile(shlex.split(line)[2], "<command>", "exec")
+            continue
         if "--config_file" in line:
             assert (ROOT / line.split("--config_file ")[1].split()[0]).exists()
         args = parse(line)
@@ -49,6 +52,8 @@ def test_the_full_size_runs_are_the_papers():
     assert len(aligned) == 10 * 2 * 2 * 2 * 3 and {lr for _, lr, _ in aligned} == {1e-5, 5e-6} and {s for *_, s in aligned} == {0, 1, 2}
     assert all(r.load_in_4bit == ("32B" in r.model or "32B" in r.output_dir) for r in runs)
     assert [parse(line).batch_size for line in full_scale.commands("table6") if "train.py" in line] == [2, 4, 8]
+    assert all("--num_machines 4 --num_processes 32" in line for item in ("table5", "table6") for line in full_scale.commands(item) if "train.py" in line)
+    assert all("offsetbias=offsetbias_test.jsonl" in line for line in full_scale.commands("table1") if "generate" in line)  # the in-distribution column
 
 
 def test_a_folder_is_made_before_it_is_read():

@@ -85,11 +85,13 @@ def test_two_processes_of_ddp_and_fsdp2_follow_the_curve_of_one(world, tmp_path,
     there and in several here; the folders hold the same tensors under the same names."""
     model, sharded = world.policies[name], use_fsdp2(train, cpu_ram_efficient_loading=True)
     for run, before, processes in (("one", None, 1), ("ddp", in_small_chunks(), 2), ("fsdp2", in_small_chunks(sharded), 2)):
-        start(words(world, tmp_path / run, model=model, eval_fraction=0.2, eval_prompts=0, accum=4), tmp_path, before, processes)
+        start(words(world, tmp_path / run, model=model, eval_fraction=0.2, eval_prompts=2, accum=4), tmp_path, before, processes)
     one, evals = metrics_of(tmp_path / "one")
     assert len({step["loss"] for step in one}) == 4
     for run in ("ddp", "fsdp2"):
         steps, other_evals = metrics_of(tmp_path / run)
+        answers = [(tmp_path / which / "eval" / "step_0.jsonl").read_text() for which in ("one", run)]
+        assert answers[0] == answers[1] != "" and (tmp_path / run / "eval" / "rewards.jsonl").exists()  # sampled by the sharded model itself
         for a, b in zip(one, steps, strict=True):
             assert a["lr"] == b["lr"] and a["rows"] == b["rows"] and a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
         for a, b in zip(evals, other_evals, strict=True):
