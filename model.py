@@ -397,7 +397,7 @@ def logps_from_hidden(causal_lm, hidden, targets):
     if type(head) is torch.nn.Linear and head.bias is None and _after_head(hidden, config) is hidden:  # nothing but a matrix
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        return ChunkedHead.apply(hidden.to(dtype), head.weight.to(dtype), targets, size)
+        return ChunkedHead.apply(hidden.to(dtype), head.weight, targets, size)
     return torch.cat([checkpoint(chunk_logps, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks])
 
 
@@ -411,7 +411,8 @@ class ChunkedHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, size):
+    def forward(ctx, hidden, given, targets, size):
+        weight = given.to(hidden.dtype)  # under autocast hidden is of 16 bits
         logps, normalizers = [], []  # (n,) each; the normalizer is logsumexp(logits)
         buffer = ChunkedHead.buffer(hidden, weight, size)
         log_probs = torch.empty_like(buffer, dtype=torch.promote_types(buffer.dtype, torch.float32))
@@ -420,7 +421,7 @@ class ChunkedHead(torch.autograd.Function):
             chunk = torch.log_softmax(logits, dim=1, out=log_probs[: len(h)])
             logps.append(chunk.gather(1, t[:, None]).squeeze(1))
             normalizers.append(logits.gather(1, t[:, None]).squeeze(1) - logps[-1])
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalizers))
+        ctx.save_for_backward(hidden, given, targets, torch.cat(normalizers))
         ctx.size = size
         return torch.cat(logps)
 
@@ -429,8 +430,9 @@ class ChunkedHead(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, targets, normalizers = ctx.saved_tensors
         buffer, grad_hidden = ChunkedHead.buffer(hidden, weight, ctx.size), torch.empty_like(hidden)
-        # float32, also where the head is bfloat16: a sum of many chunks
+        # float32, also where products are bfloat16: a sum of many chunks
         grad_weight = torch.zeros_like(weight, dtype=normalizers.dtype) if ctx.needs_input_grad[1] else None
+        weight = weight.to(hidden.dtype)
         for start in range(0, len(hidden), ctx.size):
             rows = slice(start, start + ctx.size)
             probs = ChunkedHead.logits(hidden[rows], weight, buffer).sub_(normalizers[rows, None]).exp_()

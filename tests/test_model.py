@@ -185,6 +185,21 @@ def test_gradients_are_those_of_the_plain_form(architecture, tied, checkpointing
         assert largest_difference(gradients(model, (factors * logps).sum()), expected) < 1e-10, (chunk, side)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_chunks_under_autocast_give_the_gradients_of_one_chunk(tied, monkeypatch):
+    """bfloat16 products over float32 weights: 48 chunks add up to what a single one gives, because the sum is kept in float32."""
+    model, pairs, found = policy("qwen2", tied), conversations(lengths=((2, 60), (2, 36))), []
+    for chunk in (2 * V, LOGITS_CHUNK["cpu"]):
+        monkeypatch.setattr(model_file, "LOGITS_CHUNK", {"cpu": chunk})
+        with torch.autocast("cpu", torch.bfloat16):
+            logps = sequence_logps(model, *batch_of(pairs))
+        assert logps.dtype == torch.float32
+        found.append((logps.detach(), gradients(model, logps.sum())))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-3)
+    for name, grad in found[1][1].items():
+        assert grad.dtype == torch.float32 and (found[0][1][name] - grad).norm() < 2e-2 * grad.norm(), name
+
+
 def test_the_head_sees_response_positions_only_and_never_more_than_a_chunk(monkeypatch):
     """Memory does not grow with B*T*V: 12 response tokens of 28 go through the head, at most LOGITS_CHUNK // V at once, and once more in backward."""
     model, pairs, rows = policy(), conversations(), []
