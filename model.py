@@ -185,7 +185,7 @@ def keep_only_adapter_in_state_dict(model):
 
 @contextlib.contextmanager
 def every_process_loads():
-    """Under FSDP with fsdp_cpu_ram_efficient_loading only one process reads a checkpoint; a model that is not sharded would be empty elsewhere."""
+    """Under FSDP with fsdp_cpu_ram_efficient_loading some versions of transformers read a checkpoint in one process alone; a model that is not sharded would be empty elsewhere."""
     name, old = "FSDP_CPU_RAM_EFFICIENT_LOADING", os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
     os.environ[name] = "false"
     try:
