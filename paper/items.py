@@ -14,6 +14,7 @@ from pathlib import Path
 
 from eval.averages import mean_and_error
 from paper import miniature
+from paper.full_scale import AVG_ALL
 from paper.reproduce import SUBSETS, Job, cell, table
 
 DATA, JUDGE = "--data {world}/train.jsonl", "--reward_model {world}/reward"
@@ -53,6 +54,15 @@ def values(result, *path):
     return found
 
 
+def in_standard_errors(a, b):
+    """How far the mean of a is above that of b, in standard errors of the difference; nan if one of them failed."""
+    if not a or not b:
+        return float("nan")
+    (mean_a, error_a), (mean_b, error_b) = mean_and_error(a), mean_and_error(b)
+    error = ((error_a or 0.0) ** 2 + (error_b or 0.0) ** 2) ** 0.5
+    return (mean_a - mean_b) / max(error, 1e-9)
+
+
 def average(result, name="true"):
     return mean_and_error(values(result, "all", name))[0] if result["runs"] else float("-inf")
 
@@ -89,9 +99,12 @@ def rewards_table(architecture):
             tail = [cell(values(result, "all", "true")), cell(values(result, "training prompts", "true")), cell(values(result, "all", "score")), cell(values(result, "all", "E[r]-bKL"))]
             rows.append([size if variant == "Base" else "", variant, *(cell(values(result, "subsets", s, "true")) for s in SUBSETS), *tail, result.get("lr") or "-"])
         head = ["size", "", *(s.replace("_", " ") for s in SUBSETS), "all", "in distribution", "all, reward model", "E[r] - beta KL", "lr"]
-        pairs = [(f"{pre}VAR", f"{pre}DPO", size) for size in lab.sizes for pre in ("", "SFT+")]
-        better = sum(average(results[size, a]) > average(results[size, b]) for a, b, size in pairs)
-        text = f"VAR above DPO in true reward in {better} of {len(pairs)} pairs of rows (paper: 18 of 20 on Avg. All)" if architecture == "qwen2" else f"VAR above DPO in true reward in {better} of {len(pairs)} pairs of rows"
+        pairs = [(results[size, f"{pre}VAR"], results[size, f"{pre}DPO"]) for size in lab.sizes for pre in ("", "SFT+")]
+        apart = [in_standard_errors(values(a, "all", "true"), values(b, "all", "true")) for a, b in pairs]
+        better, clear, worse = sum(x > 0 for x in apart), sum(x > 2 for x in apart), sum(x < -2 for x in apart)
+        papers = [numbers for name, numbers in AVG_ALL.items() if name.startswith({"llama": "Llama", "qwen2": "Qwen"}[architecture])]
+        theirs = sum((var > dpo) + (sft_var > sft_dpo) for _, dpo, var, sft_dpo, sft_var in papers)
+        text = f"VAR above DPO in true reward in {better} of {len(pairs)} pairs of rows, in {clear} by more than two standard errors; below by as much in {worse} (paper, Avg. All: above in {theirs} of {2 * len(papers)})"
         claims = [(text, verdict(better == len(pairs))), ("VAR above its base at every size", verdict(all(average(results[s, "VAR"]) > average(results[s, "Base"]) for s in lab.sizes)))]
         claims += [("SFT before VAR helps at every size", verdict(all(average(results[s, "SFT+VAR"]) > average(results[s, "VAR"]) for s in lab.sizes)))]
         edges = [f"{size} {variant}" for (size, variant), r in results.items() if r.get("lr") in (lab.rates[0], lab.rates[-1])]

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import shlex
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from data import Example, Plan, array
 from paper import full_scale, miniature, readings, reproduce
-from paper.items import ITEMS, METHODS, average, outcome, verdict
+from paper.items import ITEMS, METHODS, average, in_standard_errors, outcome, verdict
 from paper.reproduce import SUBSETS, Job, Lab, cell, job_runs, run_flags, table
 
 PROGRAMS = {"train.py": "train", "eval.py": "eval", "baselines/grpo.py": "baselines.grpo"}
@@ -167,3 +168,9 @@ def test_every_row_of_every_item_runs(tmp_path):
     for name in ("figure1", "figure2", "figure3", "readings"):
         assert (tmp_path / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (tmp_path / "figures" / f"{name}.svg").read_text()
     assert "does not" in text or "holds in miniature" in text
+
+
+def test_a_difference_is_read_in_its_standard_errors():
+    """(mean a - mean b) / sqrt(se_a^2 + se_b^2): 2, 4 against 0, 2: means 3 and 1, both errors 1."""
+    assert in_standard_errors([2.0, 4.0], [0.0, 2.0]) == pytest.approx(2 / 2**0.5)
+    assert in_standard_errors([1.0, 1.0], [1.0, 1.0]) == 0 and math.isnan(in_standard_errors([], [1.0]))
