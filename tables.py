@@ -181,13 +181,14 @@ def rewards_of(model, tokenizer, conversations, by_prefix=True):
 
 
 def score_cells(cells, prompt_key, response_key, score_group, B):
-    """Values of cells [(example of x, example of y), ...], every distinct (prompt, response) scored once, prompt by prompt."""
+    """Values of cells [(example of x, example of y), ...], every distinct (prompt, response) scored once: prompt by prompt, B responses of
+    similar length at a time."""
     prompts = {}
     for x, y in cells:
         prompts.setdefault(prompt_key(x), {}).setdefault(response_key(y), (x, y))
     values = {}
     for prompt, pairs in prompts.items():
-        keys = list(pairs)
+        keys = sorted(pairs, key=len)  # of the texts or the token bytes
         for start in range(0, len(keys), B):
             some = keys[start : start + B]
             values |= {(prompt, key): value for key, value in zip(some, score_group([pairs[key] for key in some]))}
@@ -219,7 +220,7 @@ def reward_scorer(model, tokenizer, B, max_tokens):
 
 
 def either_way(group, model, per_token=0.0):
-    """`group`, which on its first call scores by prefix and by full forwards, and stays with full forwards if they disagree or a prefix
+    """`group`, which on its first call scores two pairs by prefix and by full forwards, and stays with full forwards if they disagree or a prefix
     cannot be continued (encoders; a cache that cannot be repeated, as of linear attention).
 
     What is rounding and no disagreement: 1e-3 in float32; in 16 bits 0.2, and `per_token` more for each token of a sum.
@@ -228,12 +229,13 @@ def either_way(group, model, per_token=0.0):
 
     def scored(pairs):
         if "by_prefix" not in state:
-            plain, why = group(pairs, False), ""
+            some = [pairs[0], pairs[-1]][: len(pairs)]  # the shortest and the longest: there is padding between them
+            plain, why = group(some, False), ""
             tolerance = 1e-3
             if model.dtype != torch.float32 or torch.is_autocast_enabled(model.device.type):
-                tolerance = 0.2 + per_token * max(len(y.response_ids) for _, y in pairs)
+                tolerance = 0.2 + per_token * max(len(y.response_ids) for _, y in some)
             try:
-                fast = group(pairs, True)
+                fast = group(some, True)
                 if any(not abs(a - b) <= tolerance + 1e-3 * abs(b) for a, b in zip(fast, plain)):
                     why = f"scores differently from a key-value cache ({fast[0]:.4f} against {plain[0]:.4f})"
             except (AttributeError, NotImplementedError, TypeError, ValueError):
@@ -241,7 +243,6 @@ def either_way(group, model, per_token=0.0):
             if why:
                 print(f"note: {type(model).__name__} {why}; using full forwards")
             state["by_prefix"] = not why
-            return plain
         return group(pairs, state["by_prefix"])
 
     return scored
@@ -370,15 +371,15 @@ def measure(name, which, todo, parts, plan, accelerator, tokenizer, reward_token
             return cells, scorer([(example(m, i), example(m, j)) for m, i, j in cells])
 
     tokens = sum(forward_tokens(plan, m, which) for m in todo)
-    if mine:
+    about = f"{name}: {len(todo):,} micro-batches, {tokens:,} forward tokens (each prompt once, with {'every response' if which == 'all' else f'{which} responses'})"
+    if mine and len(todo) > PIECE:  # otherwise the estimate would cost more than it tells
         values_of(mine[0][:1])  # warm-up, and the check of either_way
         start = time.perf_counter()
         values_of(mine[0][:1])
         minutes = (time.perf_counter() - start) * tokens / forward_tokens(plan, mine[0][0], which) / accelerator.num_processes / 60
-        if accelerator.is_main_process:
-            print(
-                f"{name}: {len(todo):,} micro-batches, {tokens:,} forward tokens (each prompt once, with {'every response' if which == 'all' else f'{which} responses'}), about {minutes:.1f} minutes"
-            )
+        about += f", about {minutes:.1f} minutes"
+    if accelerator.is_main_process:
+        print(about)
     bar = tqdm(total=sum(map(len, mine)), desc=name, unit=" micro-batches", disable=not accelerator.is_main_process, mininterval=1.0)
     B = max(map(len, plan.batches))
     for piece in mine:

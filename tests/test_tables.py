@@ -675,6 +675,7 @@ def test_the_command_prints_the_cost_and_what_beta_does(many, typed):
 
 def test_the_minutes_are_the_time_of_one_micro_batch_scaled_by_its_tokens(world, tmp_path, monkeypatch, capsys):
     """A clock that says one minute for the first micro-batch: the estimate is its tokens' share of all tokens, turned over."""
+    monkeypatch.setattr(tables_file, "PIECE", 1)  # up to one piece there is no estimate
     monkeypatch.setattr(tables_file, "time", SimpleNamespace(perf_counter=iter([0.0, 60.0]).__next__))
     _, plan = build(tmp_path / "t.safetensors", world, {"rewards": None, "ref_logps": "all"}, **FEW)
     tokens = [sum(len(plan.examples[i].prompt_ids) + 2 * len(plan.examples[i].response_ids) for i in batch) for batch in plan.batches]
