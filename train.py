@@ -405,7 +405,8 @@ def main(args):
     def evaluate_at(step):
         numbers = evaluate(accelerator, model, loss, eval_plan, eval_tables, args, tokenizer, scale)
         if args.eval_prompts:  # all processes draw the same texts together: under FSDP no process has a model of its own
-            items = {e.prompt_key: {"id": f"{n}", "subset": "held out", "prompt": e.messages} for n, e in enumerate(eval_plan.examples)}
+            prompts = {e.prompt_key: e.messages for e in eval_plan.examples}  # numbered as prompts, so that every --loss draws the same streams
+            items = {key: {"id": f"{n}", "subset": "held out", "prompt": prompt} for n, (key, prompt) in enumerate(prompts.items())}
             some, limits = list(items.values())[: args.eval_prompts], (args.max_prompt_tokens, args.max_response_tokens)
             rows = list(generate_rows(accelerator.unwrap_model(model), tokenizer, some, [args.seed], *limits, progress=False))
             if main_process:

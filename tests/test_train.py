@@ -247,7 +247,10 @@ def test_two_processes_walk_through_the_same_steps(world, run, launcher):
         for a, b in zip(ours, theirs):
             assert a == pytest.approx(b, rel=1e-4)
     assert [row["lr"] for row in metrics_of(out)[0]] == [row["lr"] for row in run.steps]
-    assert not (out / "eval").exists()  # generations need one process
+    for step in (0, 2, 4, 6, 8):  # and the same generations
+        texts, alone = ([row["response"] for row in eval_file.read_jsonl(folder / "eval" / f"step_{step}.jsonl")] for folder in (out, run.out))
+        assert texts == alone
+    assert (out / "eval" / "rewards.jsonl").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
