@@ -2,10 +2,10 @@
 
 from formats import InputError
 
-COLOURS = {"DPO": "#d55e00", "VAR": "#0072b2", "SFT": "#009e73", "Base": "#666666", "SFT+DPO": "#e69f00", "SFT+VAR": "#56b4e9"}
+COLOURS = {"DPO": "#d55e00", "DPO at 1e-4": "#cc79a7", "VAR": "#0072b2", "SFT": "#009e73", "Base": "#666666", "SFT+DPO": "#e69f00", "SFT+VAR": "#56b4e9"}
 
 
-def canvas(columns=1, width=7.5, height=3.6, **more):
+def canvas(columns=1, width=7.5, height=3.6, rows=1, **more):
     try:
         import matplotlib
     except ImportError:
@@ -14,7 +14,7 @@ def canvas(columns=1, width=7.5, height=3.6, **more):
     from matplotlib import pyplot
 
     pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none", "svg.hashsalt": "var"})
-    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", **more)
+    return pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained", **more)
 
 
 def save(figure, path, caption):
@@ -45,18 +45,16 @@ def curves_figure(curves, path):
     return save(figure, path, "Validation reward along training. Look at whether a curve falls after its best point. Thin: seeds; thick: their mean.")
 
 
-def lengths_figure(counts, path):
-    """Figure 3. {variant: [tokens of each response]}: a violin a variant."""
-    figure, ax = canvas()
-    ax.set_axisbelow(True)
-    parts = ax.violinplot(list(counts.values()), showmeans=True, showextrema=False, widths=0.85)
-    for body, name in zip(parts["bodies"], counts):
-        body.set(facecolor=COLOURS[name], alpha=0.7)
-    parts["cmeans"].set_color("black")
-    ax.set_xticks(range(1, len(counts) + 1), counts)
-    ax.set(ylabel="tokens of a sampled answer (limit 64)", ylim=(0, None))
-    ax.grid(axis="y", color="#e5e5e5")
-    return save(figure, path, "Lengths of sampled answers, all seeds; the line is the mean. A bulge at 64 is text that does not end: a policy that has left the language.")
+def lengths_figure(counts, path, limit=64):
+    """Figure 3. {variant: [tokens of each response]}: a histogram a variant, one above the other."""
+    figure, axes = canvas(1, 7.5, 0.8 * len(counts) + 0.6, rows=len(counts), sharex=True, sharey=True)
+    for ax, (name, lengths) in zip(axes, counts.items()):
+        ax.hist(lengths, bins=range(0, limit + 3, 2), weights=[100 / len(lengths)] * len(lengths), color=COLOURS[name])
+        ax.axvline(sum(lengths) / len(lengths), color="black", linewidth=1)
+        ax.set_ylabel(name, rotation=0, ha="right", va="center")
+        ax.set_yticks([0, 50], ["0", "50 %"])
+    axes[-1].set_xlabel(f"tokens of a sampled answer to a held-out prompt (limit {limit})")
+    return save(figure, path, f"Lengths of sampled answers, all seeds; the line is the mean. Look for weight at the right end: text that does not end before {limit} has left the language.")
 
 
 def win_figure(shares, path):
@@ -77,23 +75,28 @@ def win_figure(shares, path):
 
 
 def readings_figure(points, bound, path):
-    """The story of Algorithm 1's readings. points: dicts with share, gap (KL(pi*, pi)), reward, partners, estimator, cost."""
+    """The story of Algorithm 1's readings. points: dicts with share, gap (KL(pi*, pi)), reward, partners, estimator, cost, data."""
     figure, (ax, right) = canvas(2, 9.5, 4.0)
     colours = {"paper, mean": "#0072b2", "paper, sum": "#d55e00", "monte carlo": "#009e73", "Zhat = 1": "#666666"}
     for name, colour in colours.items():
         for partners, marker in (("batch", "o"), ("group", "^")):
-            some = [p for p in points if p["estimator"] == name and p["partners"] == partners]
-            if some:
-                label = f"{name}, {partners}"
-                known = [p for p in some if p["share"] is not None]
-                ax.scatter([p["share"] for p in known], [p["reward"] for p in known], color=colour, marker=marker, s=34, alpha=0.8, edgecolors="white", linewidths=0.4)
-                right.scatter([p["gap"] for p in some], [p["objective"] for p in some], color=colour, marker=marker, s=34, alpha=0.8, edgecolors="white", linewidths=0.4, label=label)
+            for data, face in (("train", colour), ("on_policy", "none")):
+                some = [p for p in points if (p["estimator"], p["partners"], p["data"]) == (name, partners, data)]
+                known, look = [p for p in some if p["share"] is not None], dict(edgecolors=colour, facecolors=face, marker=marker, s=34, linewidths=0.9)
+                ax.scatter([p["share"] for p in known], [p["reward"] for p in known], **look)
+                right.scatter([p["gap"] for p in some], [p["objective"] for p in some], **look, label=f"{name}, {partners}" if data == "train" and some else None)
+    for p in points:  # the paper's own reading, named by what a mismatched answer costs
+        if (p["estimator"], p["partners"], p["data"], p["normalize"]) == ("paper, mean", "batch", "train", False):
+            for axis, x, y in ((ax, "share", "reward"), (right, "gap", "objective")):
+                axis.annotate(p["cost"], (p[x], p[y]), xytext=(5, 4), textcoords="offset points", fontsize=7, color="#0072b2")
     ax.set(xlabel="self_share: how much of Zhat(x) is y's own term", ylabel="true reward of held-out answers", xlim=(-0.03, 1.03))
     right.axhline(bound, color="black", linewidth=0.8, linestyle="--")
-    right.text(right.get_xlim()[1], bound, "beta log Z, at pi*", ha="right", va="bottom", fontsize=8)
-    right.set(xlabel="KL(pi*, pi), nats (pi* = 0)", ylabel="E[r] - beta KL(pi, pi_ref)", xscale="symlog")
+    right.plot([0], [bound], marker="*", markersize=11, color="black", clip_on=False)
+    right.text(0.03, bound, "pi*: beta log Z", va="bottom", fontsize=8)
+    right.set(xlabel="KL(pi*, pi), nats", ylabel="E[r] - beta KL(pi, pi_ref)", xlim=(0, None))
     right.legend(frameon=False, fontsize=7, loc="lower left")
     for axis in (ax, right):
         axis.grid(color="#eeeeee")
-    return save(figure, path, "Each point is one reading of Algorithm 1 (beta 1, mean over seeds). Left: as self_share goes to 1 the reward cancels from the weights and the trained "
-                "policy is no better than plain SFT. Right: how near pi* each reading comes; circles take partners from other prompts (the paper), triangles from the same prompt.")  # fmt: skip
+    return save(figure, path, "Each point is one reading of Algorithm 1 (beta 1, mean over seeds). Blue words: what a mismatched answer costs under the paper's reading. Left: follow them to the "
+                "right, where the reward cancels from the weights. Right: how near pi* each reading comes. Circles take partners from other prompts (the paper), triangles from the same prompt; "
+                "hollow: trained on draws of pi_ref.")  # fmt: skip

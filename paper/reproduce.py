@@ -6,8 +6,9 @@ Every table and figure of the paper as one command, in miniature.
     python paper/reproduce.py table1 --scale full --dry_run     # the paper's own commands, to be run on a cluster
 
 An item (paper/items.py) names its jobs and turns their results into a table. A job is one method from one starting model: it searches the
-learning rate on the first seed, trains the other seeds with the best, and samples answers of each. Every method has the same data, number
-of responses seen, learning rates tried and seeds. All runs are the repository's own programs; each command is printed before it runs.
+learning rate on the first seed, trains the other seeds with the best, and samples answers of each. Every method has the same prompts and answers,
+number of responses seen, learning rates tried and seeds; what it knows of the answers differs as the methods do (READS). All runs are the
+repository's own programs; each command is printed before it runs. `all` takes at most 90 minutes on 2 cores.
 
 The world is that of paper/miniature.py: its true reward is a function, so "better" is known and not a reward model's opinion.
 """
@@ -39,7 +40,7 @@ def parse_args(argv=None):
     from paper.items import ITEMS
 
     parser = argparse.ArgumentParser(description="Reproduce a table or figure of the paper, in miniature, or print the commands of the full size.")
-    parser.add_argument("item", choices=[*ITEMS, "all"], help="; ".join(f"{name}: {item.title}" for name, item in ITEMS.items()))
+    parser.add_argument("item", choices=[*ITEMS, "all"], help="all: at most 90 minutes on 2 cores; " + "; ".join(f"{name}: {item.title}" for name, item in ITEMS.items()))
     parser.add_argument("--scale", choices=["miniature", "full"], default="miniature", help="full prints the paper's own runs, which need its GPUs (default: %(default)s)")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, one seed: exercises every row, proves nothing")
@@ -63,11 +64,12 @@ def parse_args(argv=None):
 
 @dataclass(frozen=True)
 class Job:
-    """One method from one starting model. `key` is its folder; `flags` a command line with {world}, {out}, {steps}, {seed} in it, "" = only evaluate."""
+    """One method from one starting model. `key` is its folder; `flags` a command line with {world}, {out}, {steps}, {group_steps}, {seed} in it,
+    "" = only evaluate."""
 
     key: str
     flags: str
-    start: str  # a folder under OUT
+    start: str  # a folder under OUT; with {seed} in it, each seed starts from its own
     size: str  # whose base is pi_ref of the exact numbers
     program: str = "train"
     search: bool = True  # else `flags` has the learning rate in it
@@ -85,8 +87,9 @@ class Lab:
     dry_run: bool = False
     seeds: tuple = (0, 1, 2)
     rates: tuple = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3")
-    steps: int = 450  # of 8 responses: the 1,800 responses of the world twice
+    steps: int = 450  # of 8 responses: the 1,800 responses of the world twice; with --partners group 720 of 5
     sizes: dict = field(default_factory=lambda: {"small": 32, "medium": 64, "large": 128})  # hidden sizes, two layers each
+    failures: dict = field(default_factory=dict)  # job -> why a run of it failed
 
     def __post_init__(self):
         if self.quick:
@@ -124,7 +127,9 @@ class Lab:
         todo = [job for job in jobs if not result_file(job, self).exists()]
         for number, (job, text) in enumerate(zip(todo, pool(self.workers).map(work, [(job, self) for job in todo])), 1):
             print(f"[{number}/{len(todo)}] {job.key}: {text}", flush=True)
-        return {job.key: json.loads(result_file(job, self).read_text()) for job in jobs}
+        found = {job.key: json.loads(result_file(job, self).read_text()) for job in jobs}
+        self.failures |= {key: result.get("failed") or result["lost"][0] for key, result in found.items() if "failed" in result or "lost" in result}
+        return found
 
 
 @functools.cache
@@ -152,10 +157,10 @@ def run_folder(job, lab, rate, seed):
 
 
 def run_flags(job, lab, rate, seed):
-    flags = job.flags.format(world=lab.world, size=lab.out / job.size, out=lab.out, steps=lab.steps, seed=seed)
+    flags = job.flags.format(world=lab.world, size=lab.out / job.size, out=lab.out, steps=lab.steps, group_steps=lab.steps * 8 // 5, seed=seed)
     if job.program == "train" and "--loss sft" not in flags and "--tables" not in flags:
         flags += f" --tables {folder_of(job, lab)}/tables_seed{seed}.safetensors"  # the learning rates of a seed share them
-    flags = f"--model {lab.out / job.start} --max_response_tokens 64 --save_every 0 --resume {flags} --seed {seed}"
+    flags = f"--model {lab.out / job.start.format(seed=seed)} --max_response_tokens 64 --save_every 0 --resume {flags} --seed {seed}"
     return f"{flags} {f'--lr {rate} ' if rate else ''}--output_dir {run_folder(job, lab, rate, seed)}"
 
 
@@ -182,13 +187,18 @@ def work(job_and_lab):
             best = max(known, key=known.get)
             result |= {"lr": best, "runs": [result["search"][best]]}
             result["runs"] += [train_and_evaluate(job, lab, best, seed, log) for seed in seeds[1:]]
+            lost = [numbers["failed"] for numbers in result["runs"] if "failed" in numbers]
             result["runs"] = [numbers for numbers in result["runs"] if "failed" not in numbers]
+            result |= {"lost": lost} if lost else {}
         if not result["runs"]:
             result["failed"] = next(iter(result["search"].values()))["failed"]
     result["minutes"] = (time.time() - start) / 60
     (folder / "result.json.tmp").write_text(json.dumps(result))
     os.replace(folder / "result.json.tmp", folder / "result.json")
-    return f"failed: {result['failed'][:160]}" if "failed" in result else f"lr {result['lr'] or 'given'}, {result['minutes']:.1f} minutes"
+    if "failed" in result:
+        return f"failed: {result['failed'][:160]}"
+    lost = f", {len(result['lost'])} seed(s) failed: {result['lost'][0][:160]}" if "lost" in result else ""
+    return f"lr {result['lr'] or 'given'}, {result['minutes']:.1f} minutes{lost}"
 
 
 def train_and_evaluate(job, lab, rate, seed, log):
@@ -261,7 +271,13 @@ def table(head, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def write_results(path, lab, results, minutes):
+READS = (
+    "SFT: the true scores (it takes the best answer). KTO: whether the true score is above the prompt's mean. DPO: noisy pairs of answers, sampled by true reward; "
+    "\"DPO, best against worst\": the true scores. VAR, A-LoL, R-LoL, GRPO: the scores of a reward model trained on pairs like DPO's."
+)
+
+
+def write_results(path, lab, results, minutes, failures):
     """RESULTS.md: every item that has been run, in the paper's order."""
     from paper.items import ITEMS
 
@@ -269,20 +285,25 @@ def write_results(path, lab, results, minutes):
         "# Results", "",
         "Made by `python paper/reproduce.py all`: everything here is measured by that command, in the miniature world of `paper/miniature.py`, whose true reward",
         "is a function. Nothing here was run at the paper's sizes; `--scale full --dry_run` prints those commands. Numbers are means ± standard errors over",
-        f"training seeds {', '.join(map(str, lab.seeds))} (the error says nothing about other worlds). Learning rates tried for every method: {', '.join(lab.rates)}, chosen on seed "
-        f"{lab.seeds[0]} by the true reward of answers to 60 training prompts. Every method sees {lab.steps * 8:,} responses, unless a table says otherwise.", "",
+        f"training seeds {', '.join(map(str, lab.seeds))}; of Base, over sampling seeds. World, reward model and base models are made once, so the errors say nothing about",
+        f"others of them. Learning rates tried for every method: {', '.join(lab.rates)}, chosen on seed {lab.seeds[0]} by the true reward of answers to 60 training prompts.",
+        f"Every method sees {lab.steps * 8:,} responses, unless a table says otherwise.", "",
+        f"What each method knows of the answers. {READS}", "",
         f"Hardware: {platform.machine()}, {os.cpu_count()} cores, no GPU, {lab.workers} runs side by side, one thread each. Python {platform.python_version()}.", "",
     ]  # fmt: skip
     if missing := [item.title for name, item in ITEMS.items() if name not in results]:
         lines += [f"Not run yet: {'; '.join(missing)}.", ""]
+    lines += [f"All items together: {sum(minutes[name] for name in results):.0f} minutes.", ""]
     claims = [(item.title, *claim) for name, item in ITEMS.items() if name in results for claim in results[name]["claims"]]
     lines += ["## Claims", "", table(["from", "claim", "in miniature", "at full size"], [[*claim, "not tried"] for claim in claims]), ""]
     for name, item in ITEMS.items():
         if name in results:
-            spent = f"{minutes[name]:.0f} minutes" if minutes.get(name) else "from runs of other items"
+            spent = f"{minutes[name]:.0f} minutes" if minutes.get(name, 0) >= 0.5 else "from the runs of other items"
             lines += [f"## {item.title}", "", f"`python paper/reproduce.py {name}`, {spent}. {item.note}", "", results[name]["markdown"], ""]
             if name in full_scale.PAPER:
                 lines += ["The paper's own numbers:", "", full_scale.PAPER[name], ""]
+            if failures.get(name):
+                lines += ["Runs that failed:", "", *(f"- {key}: {why[:200]}" for key, why in failures[name].items()), ""]
     temporary = Path(f"{path}.tmp")
     temporary.write_text("\n".join(lines))
     os.replace(temporary, path)
@@ -304,6 +325,7 @@ def main(args):
     for name in names:
         start = time.time()
         print(f"== {ITEMS[name].title}", flush=True)
+        lab.failures = {}
         result = ITEMS[name].run(lab, path.parent / "figures")
         if args.dry_run:
             continue
@@ -311,8 +333,11 @@ def main(args):
         spent = (time.time() - start) / 60
         known["results"][name] = result
         known["minutes"][name] = max(spent, known["minutes"].get(name, 0.0))  # a second call only reads what the first has run
+        known.setdefault("failures", {})[name] = lab.failures
         store.write_text(json.dumps(known))
-        write_results(path, lab, known["results"], known["minutes"])
+        write_results(path, lab, known["results"], known["minutes"], known["failures"])
+    if pool.cache_info().currsize:
+        pool(lab.workers).shutdown()
     if not args.dry_run:
         print(f"{path}: {len(known['results'])} of {len(ITEMS)} items, {sum(known['minutes'].values()):.0f} minutes in all")
 

@@ -30,7 +30,7 @@ def test_every_function_and_file_named_in_the_documents_exists():
 
 
 COMMANDS = [line.split("#")[0].strip() for text in (README, PAPER) for line in re.findall(r"^    (?:\S*accelerate launch.*|python [\w/]+\.py.*)$", text, re.M)]
-COMMANDS = [re.sub(r"^accelerate launch --(num_processes|config_file) \S+ ", "python ", line.strip()) for line in COMMANDS]
+COMMANDS = [re.sub(r"^accelerate launch (--\w+ \S+ )*", "python ", line.strip()) for line in COMMANDS]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -33,7 +33,7 @@ def test_every_full_size_command_parses_with_this_repositorys_programs(item):
     lines = [line for line in full_scale.commands(item) if not line.startswith("#")]
     assert lines or item == "readings"
     for line in lines:
-        if line.startswith("lm_eval"):
+        if "lm_eval run" in line:
             assert re.search(r"--tasks (\w+) ", line)[1] in (ROOT / "PAPER.md").read_text()
             continue
         if line.startswith("python -c"):
@@ -54,7 +54,9 @@ def test_the_full_size_runs_are_the_papers():
     assert all(r.load_in_4bit == ("32B" in r.model or "32B" in r.output_dir) for r in runs)
     assert [parse(line).batch_size for line in full_scale.commands("table6") if "train.py" in line] == [2, 4, 8]
     assert all("--num_machines 4 --num_processes 32" in line for item in ("table5", "table6") for line in full_scale.commands(item) if "train.py" in line)
-    assert all("offsetbias=offsetbias_test.jsonl" in line for line in full_scale.commands("table1") if "generate" in line)  # the in-distribution column
+    folders = [line.split("--out ")[1] for line in full_scale.commands("table1") if "offsetbias=offsetbias_test.jsonl" in line]  # the in-distribution column
+    assert len(folders) == 4 * (2 + 24) and all(("Llama3.1-8B" in line or "Llama-3.1-8B" in line) == ("--num_processes 8 train.py" in line) for line in full_scale.commands("table1") if "train.py" in line)
+    assert all("--load_in_4bit" in line for line in full_scale.commands("table2") if "32B" in line and "generate" in line)
 
 
 def test_a_folder_is_made_before_it_is_read():
@@ -88,7 +90,8 @@ def test_a_job_searches_on_its_first_seed_and_trains_the_others_with_the_best(tm
     assert job_runs(Job("a", "--loss sft --lr 1", "m", "m", search=False), whole) == [("", 0), ("", 1), ("", 2)]
     for name, flags in METHODS.items():
         args = importlib.import_module("train").parse_args(run_flags(Job(name, flags, "m", "m"), whole, "1e-3", 1).split())
-        assert args.max_steps * args.batch_size * (2 if args.loss == "dpo" else 1) == 3600 and args.seed == 1 and args.lr == 1e-3 and " " not in args.output_dir
+        rows = 5 if args.partners == "group" else args.batch_size * (2 if args.loss == "dpo" else 1)  # a micro-batch of group: a prompt's five answers
+        assert args.max_steps * rows == 3600 and args.seed == 1 and args.lr == 1e-3 and " " not in args.output_dir
 
 
 def test_the_best_rate_is_that_of_the_highest_true_reward_and_a_failure_is_kept(tmp_path, monkeypatch):
@@ -139,6 +142,8 @@ def test_true_rewards_replace_the_models_in_a_table_with_the_cost_of_a_mismatch(
     found = load_file(tmp_path / "b")
     right = miniature.true_reward(prompts[0], answers[1], 6.0)
     assert found["rewards"][0, 0, 0] == found["rewards"][0, 1, 1] == 2.0 and found["rewards"][0, 0, 1] == right < -3 and (found["ref_logps"] == -3).all()
+    readings.with_true_rewards(tmp_path / "a", tmp_path / "c", Plan(examples, [[0, 1]], {}), 6.0, {(prompts[0], answers[0]): 1, (prompts[1], answers[1]): 3})
+    torch.testing.assert_close(load_file(tmp_path / "c")["rewards"][0] - found["rewards"][0], torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]]))  # column j: drawn 3 times
 
 
 def test_the_subsets_cover_the_held_out_prompts_once(tmp_path):
