@@ -12,8 +12,8 @@ response lengths in tokens. beta, estimator, per-token means and normalisation a
     response_tokens (M, B)      tokens of y_j, its end-of-turn token included; 0 where the micro-batch has no such row
 
 Speed. Scored naively this is B^2 full forwards a micro-batch. Here each prompt is run once and all its responses continue from its
-key-value cache, the LM head sees response positions only, and equal (prompt, response) texts of a piece are scored once. The first
-prompt is scored both ways: a model for which the two differ (a bidirectional encoder, say) is scored by full forwards, and said.
+key-value cache, the LM head sees response positions only, and equal (prompt, response) texts of a piece are scored once. Two responses
+of the first prompt are scored both ways: a model for which the two differ (a bidirectional encoder, say) is scored by full forwards, and said.
 
 An interrupted run continues: finished pieces lie in OUT.parts-*/ until the whole is there. The header of the file names everything it
 depends on; a table that does not fit what is about to be trained is refused with the difference named.
@@ -220,8 +220,8 @@ def reward_scorer(model, tokenizer, B, max_tokens):
 
 
 def either_way(group, model, per_token=0.0):
-    """`group`, which on its first call scores two pairs by prefix and by full forwards, and stays with full forwards if they disagree or a prefix
-    cannot be continued (encoders; a cache that cannot be repeated, as of linear attention).
+    """`group`, which on its first call scores two pairs by prefix and by full forwards, and stays with full forwards if they disagree or
+    a prefix cannot be continued (encoders; a cache that cannot be repeated, as of linear attention).
 
     What is rounding and no disagreement: 1e-3 in float32; in 16 bits 0.2, and `per_token` more for each token of a sum.
     """
