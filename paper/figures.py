@@ -13,7 +13,7 @@ def canvas(columns=1, width=7.5, height=3.6, rows=1, **more):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none", "svg.hashsalt": "var"})
+    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "svg.fonttype": "none", "svg.hashsalt": "var"})
     return pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained", **more)
 
 

@@ -132,10 +132,13 @@ class Lab:
         return found
 
 
-@functools.cache
+POOLS = {}  # number of workers -> the processes, kept from item to item: each imports torch once
+
+
 def pool(workers):
-    """Worker processes, kept from item to item: each imports torch once."""
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    if workers not in POOLS:
+        POOLS[workers] = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    return POOLS[workers]
 
 
 def folder_of(job, lab):
@@ -336,8 +339,8 @@ def main(args):
         known.setdefault("failures", {})[name] = lab.failures
         store.write_text(json.dumps(known))
         write_results(path, lab, known["results"], known["minutes"], known["failures"])
-    if pool.cache_info().currsize:
-        pool(lab.workers).shutdown()
+    for workers in list(POOLS):
+        POOLS.pop(workers).shutdown()
     if not args.dry_run:
         print(f"{path}: {len(known['results'])} of {len(ITEMS)} items, {sum(known['minutes'].values()):.0f} minutes in all")
 
