@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from loopback import Loopback, no_pauses
 from test_eval import QUESTIONS, model_that_stops
-from tiny import ENVIRONMENT, ROOT, chatml_tokenizer, run_program, write
+from tiny import ENVIRONMENT, ROOT, chatml_tokenizer, hears_ctrl_c, run_program, write
 
 import torch
 
@@ -153,7 +153,7 @@ def test_ctrl_c_keeps_the_rows_there_are(world, server, tmp_path):
     held = threading.Event()
     server.act = lambda request, number: "fine" if number <= 5 else held.wait(20) and "late"
     argv = ["generate", "--model", "m", "--data", *world.data, "--out", "gen.jsonl", "--base_url", server.url, "--concurrency", "2"]
-    program = subprocess.Popen([sys.executable, ROOT / "eval.py", *argv], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    program = subprocess.Popen([sys.executable, ROOT / "eval.py", *argv], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c)
     until = time.monotonic() + 60
     while len(server.seen) < 7 and time.monotonic() < until:
         time.sleep(0.02)

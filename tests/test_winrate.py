@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 from loopback import Loopback, no_pauses
-from tiny import ENVIRONMENT, ROOT, SHARED_DATA, bpe_tokenizer, reward_model, run_program, save, write
+from tiny import ENVIRONMENT, ROOT, SHARED_DATA, bpe_tokenizer, hears_ctrl_c, reward_model, run_program, save, write
 
 import torch
 
@@ -495,7 +495,7 @@ def test_ctrl_c_keeps_what_was_received(judge, tmp_path):
     held = threading.Event()
     judge.act = lambda request, number: judge.by_quality(request, number) if number <= 3 else held.wait(20) and "late"
     argv = ["winrate", "--gen", "gen.jsonl", "--baseline", "chosen", "--judge", "judge-1", "--base_url", judge.url, "--concurrency", "2"]
-    program = subprocess.Popen([sys.executable, ROOT / "eval.py", *argv], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program = subprocess.Popen([sys.executable, ROOT / "eval.py", *argv], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c)
     until = time.monotonic() + 60
     while len(judge.seen) < 5 and time.monotonic() < until:
         time.sleep(0.02)

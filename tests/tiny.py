@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -86,6 +87,11 @@ def write(path, rows):
     """A .jsonl file of these rows; returns its path as a string."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def hears_ctrl_c():
+    """preexec_fn of a program that will be sent Ctrl-C: whoever is started in the background (`make test &`) passes on that it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_program(module, argv, folder, before=None, processes=1):
