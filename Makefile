@@ -1,4 +1,4 @@
-# make demo       the whole method on the miniature world: about 4 minutes on 2 cores after the install
+# make demo       the whole method on the miniature world: about 3 minutes on 2 cores after the install
 # make test       the theorems, the traps, the commands: under 6 minutes on 2 cores
 # make test-all   the slow proofs as well: under 25 minutes
 # make lint       ruff
