@@ -174,25 +174,20 @@ def grpo(settings):
         )
         var.epoch()
 
-    contenders = {"var": silently(tables_and_epoch), "epoch": var.epoch}
     prompts = [e.messages for e in found.pairs[0::2]]
-    if (workload.ROOT / "baselines" / "grpo.py").exists():
-        contenders["grpo"] = lambda: our_grpo(paths, prompts, tokens, folder)
+    contenders = {"var": silently(tables_and_epoch), "epoch": var.epoch, "grpo": lambda: our_grpo(paths, prompts, tokens, folder)}
     if TRL:
         import peers
 
         contenders["trl"] = peers.grpo(causal_lm, judge, found.tokenizer, prompts, 8, 8, 8, tokens, settings.bf16).epoch
     times = alternate(settings.rounds, **contenders)
     what = f"{len(var.plan.examples)} responses of {len(prompts)} prompts against 8 samples of {tokens} tokens each"
-    lines = []
-    if TRL:
-        lines.append(compared("tables and an epoch of VAR / TRL GRPO", times, "var", "trl", "<= 0.1", note=what))
-        lines.append(compared("an epoch of VAR with the tables there / TRL GRPO", times, "epoch", "trl", note="every further epoch, beta or learning rate"))
-    if "grpo" in times:
-        lines.append(compared("tables and an epoch of VAR / our GRPO", times, "var", "grpo", note=what))
-    if TRL and "grpo" in times:
-        lines.append(compared("our GRPO / TRL GRPO", times, "grpo", "trl", note="8 prompts x 8 samples a step, micro-batches of 8"))
-    return lines if TRL else [*lines, NO_TRL | {"what": "VAR / TRL GRPO"}]
+    ours = compared("tables and an epoch of VAR / our GRPO", times, "var", "grpo", note=what)
+    if not TRL:
+        return [ours, NO_TRL | {"what": "VAR / TRL GRPO"}]
+    lines = [compared("tables and an epoch of VAR / TRL GRPO", times, "var", "trl", "<= 0.1", note=what)]
+    lines.append(compared("an epoch of VAR with the tables there / TRL GRPO", times, "epoch", "trl", note="every further epoch, beta or learning rate"))
+    return [*lines, ours, compared("our GRPO / TRL GRPO", times, "grpo", "trl", note="8 prompts x 8 samples a step, micro-batches of 8")]
 
 
 def data_args(paths):
